@@ -1,0 +1,1 @@
+"""Checkpoints: complete step directories, and what a run goes on from."""

@@ -1,0 +1,110 @@
+"""The command line: every config key is a flag of `qloop train`.
+
+Heavy imports happen inside the commands, so that `qloop --help` answers at once.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qloop import __version__
+from qloop.errors import QloopError
+
+
+class TrainCommand(click.Command):
+    """A command whose flags are the config's keys, listed by section in its help."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Adds a flag per key; only when this command is the one that runs."""
+        from qloop.config import iterate_keys
+
+        params = super().get_params(ctx)
+        known = {param.name for param in params}
+        return params + [
+            _build_flag(key.name, key.field) for key in iterate_keys() if key.name not in known
+        ]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the flags under their sections."""
+        from qloop.config import KEYS, Config
+
+        rows: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record:
+                section = KEYS[str(param.name)].section if param.name in KEYS else "options"
+                rows.setdefault(section, []).append(record)
+        for section in ("options", *Config.model_fields):
+            with formatter.section(section):
+                formatter.write_dl(rows[section])
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qloop")
+def cli() -> None:
+    """Continue the pretraining of causal language models on Q (kdb+) code."""
+
+
+@cli.command(
+    cls=TrainCommand,
+    # Unknown flags are reported by load_config, beside all other problems.
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "max_content_width": 110},
+)
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML or YAML file of keys")
+@click.pass_context
+def train(ctx: click.Context, config_file: Path | None, **flags: str | None) -> None:
+    """Train a model; the same command again goes on where it stopped.
+
+    Every key of a config file is a flag, and a flag replaces the file's value.
+    """
+    from qloop.config import describe_unused, load_config
+
+    unknown = {text.lstrip("-").split("=")[0]: "" for text in ctx.args if text.startswith("-")}
+    stray = [text for text in ctx.args if not text.startswith("-")]
+    if stray and not unknown:
+        raise click.UsageError(f"unexpected {' '.join(stray)}; every value follows its --flag")
+    typed = {name: value for name, value in flags.items() if value is not None}
+    config, origins = load_config(config_file, {**typed, **unknown})
+
+    from qloop.report.console import quieten_libraries
+    from qloop.train import train as run_training
+
+    quieten_libraries()
+    run_training(config, describe_unused(config, origins))
+
+
+def main() -> None:
+    """Runs a command; a user's mistake ends in one message and its exit code, without a traceback."""
+    try:
+        cli.main(standalone_mode=False)
+    except QloopError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(78)
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted; the newest checkpoint is whole, the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _build_flag(name: str, field: Any) -> click.Option:
+    """Builds the flag of a key; its text is converted and checked where the file's values are."""
+    default = field.default
+    if isinstance(default, tuple):
+        shown = ",".join(default) or "none"
+    elif isinstance(default, bool):
+        shown = str(default).lower()
+    else:
+        shown = "none" if default is None else str(default)
+    is_switch = isinstance(default, bool)
+    return click.Option(
+        [f"--{name}"],
+        type=str,
+        metavar="[true|false]" if is_switch else "VALUE",
+        is_flag=False,
+        flag_value="true" if is_switch else None,
+        help=f"{field.description}  [{shown}]",
+    )

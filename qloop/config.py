@@ -1,0 +1,507 @@
+"""The config: one strict, frozen model per section; defaults < file < command line.
+
+Every key's name is unique over all sections, so a section is a heading for the reader and nothing else: a
+file may hold its keys under any known section, or under none. That is how a YAML file with everything
+under `model:` loads, and why every key can be a flag of the same name.
+
+    >>> load_config(None, {"learning_rate": "3e-4"}).config.optimizer.learning_rate
+    0.0003
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tomli
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from qloop.errors import ConfigError, join_names
+
+# Files hold paths as text and tuples as lists; these two kinds are converted, all others are strict.
+FilePath = Annotated[Path, Field(strict=False)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """A group of keys; unknown keys, wrong types and later changes are errors."""
+
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class RunConfig(Section):
+    """Where the run lives and how it starts."""
+
+    experiment_name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="name of the run's folder in output_dir; the model's short name if not given",
+    )
+    output_dir: FilePath = Field(Path("output"), description="folder that holds all runs")
+    seed: int = Field(42, ge=0, lt=2**32, description="decides data order, dropout and new weights")
+    resume: str = Field(
+        "auto",
+        description="auto: go on from the newest checkpoint; never: start only where no run is; "
+        "or the path of a checkpoint",
+    )
+    deterministic: bool = Field(
+        False, description="only deterministic GPU kernels, slower; a CPU run always repeats itself"
+    )
+
+
+class ModelConfig(Section):
+    """The base model and what of it is trained."""
+
+    model_name: str = Field(
+        "Qwen/Qwen2.5-7B-Instruct", min_length=1, description="hub name or local folder of the base"
+    )
+    model_revision: str | None = Field(
+        None, description="branch, tag or commit of the base on the hub"
+    )
+    model_config_file: FilePath | None = Field(
+        None, description="config.json of a model to start from random weights, instead of a base"
+    )
+    tokenizer_name: str | None = Field(
+        None, description="hub name or local folder of the tokenizer; the base's if not given"
+    )
+    training_method: Literal["full", "lora", "qlora"] = Field(
+        "full", description="all weights, adapters, or adapters on a 4-bit base"
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 on GPUs that have it, else fp32; trained weights stay fp32"
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="attention code of transformers; auto: the model's own choice"
+    )
+    gradient_checkpointing: bool = Field(
+        True, description="recompute activations in the backward pass: less memory, about 30 % slower"
+    )
+    trust_remote_code: bool = Field(
+        False, description="run Python code that the model's repository brings along"
+    )
+
+
+class LoraConfig(Section):
+    """Adapters, for lora and qlora."""
+
+    lora_rank: int = Field(16, gt=0, description="rank of each adapter")
+    lora_alpha: float = Field(32, gt=0, description="adapters are scaled by alpha / rank")
+    lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout before each adapter")
+    lora_target_modules: Names = Field(
+        ("all-linear",), min_length=1, description="layers that get an adapter, by name"
+    )
+    modules_to_save: Names = Field(
+        (), description="layers trained whole beside the adapters, by name"
+    )
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead (rsLoRA)")
+    use_dora: bool = Field(False, description="train magnitude and direction apart (DoRA)")
+
+
+class DataConfig(Section):
+    """The corpus: one of dataset_name, train_file, or data_dir with data_type."""
+
+    data_dir: FilePath = Field(
+        Path("data"), description="folder with <data_type>_train.jsonl and <data_type>_test.jsonl"
+    )
+    data_type: str = Field(
+        "filtered",
+        pattern=r"^[A-Za-z0-9._-]+$",
+        description="raw, filtered, described_filtered, or any name that data_dir has files of",
+    )
+    train_file: FilePath | None = Field(
+        None, description="JSONL, Parquet, or a folder of .q and .k files, instead of data_dir"
+    )
+    eval_file: FilePath | None = Field(
+        None, description="the held-out documents, in the same formats as train_file"
+    )
+    dataset_name: str | None = Field(
+        None, description="a dataset of the Hugging Face hub, instead of data_dir"
+    )
+    dataset_config_name: str | None = Field(None, description="the hub dataset's configuration")
+    text_field: str = Field(
+        "text", min_length=1, description="name of the field or column that holds the text"
+    )
+    train_on_prompt: bool = Field(
+        False, description="with prompt and completion: learn the prompt's tokens too"
+    )
+    deduplicate: bool = Field(True, description="leave out exact copies of a document; all counted")
+    held_out_share: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="share of documents never trained on, chosen by content, where no eval file is",
+    )
+    max_seq_length: int = Field(2048, ge=8, description="tokens in a block")
+    packing: Literal["best_fit", "wrapped"] = Field(
+        "best_fit", description="best_fit: short documents stay whole; wrapped: one after another"
+    )
+    cache_dir: FilePath | None = Field(
+        None, description="folder for tokenised corpora; <output_dir>/.cache if not given"
+    )
+
+
+class BatchConfig(Section):
+    """The size of a step."""
+
+    batch_size: int = Field(1, gt=0, description="blocks in a micro-batch, per GPU")
+    gradient_accumulation_steps: int = Field(
+        8, gt=0, description="micro-batches in a step, per GPU"
+    )
+
+
+class ScheduleConfig(Section):
+    """The length of the run and its learning rate over time."""
+
+    max_steps: int | None = Field(
+        None, gt=0, description="steps of the run; 1000 if neither this nor num_epochs is given"
+    )
+    num_epochs: float | None = Field(
+        None, gt=0, description="passes over the corpus; with max_steps, the earlier end counts"
+    )
+    warmup_steps: int = Field(100, ge=0, description="steps of linear rise to learning_rate")
+    learning_rate: float = Field(2e-5, gt=0, description="the peak, reached after the warm-up")
+    min_learning_rate: float = Field(0.0, ge=0, description="where the cosine ends")
+
+
+class OptimizerConfig(Section):
+    """AdamW; norms, biases and embeddings never decay."""
+
+    weight_decay: float = Field(0.01, ge=0, description="decoupled decay of the weight matrices")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
+    adam_epsilon: float = Field(1e-8, gt=0, description="added to the denominator")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="limit of the gradient's global L2 norm; 1e9 never clips"
+    )
+
+
+class EvaluateConfig(Section):
+    """Measuring on the held-out documents; it happens before step 1 and at the end in any case."""
+
+    eval_steps: int = Field(100, ge=0, description="steps between evaluations; 0: none in between")
+    eval_batch_size: int = Field(1, gt=0, description="blocks in a forward pass; never changes results")
+    num_samples: int = Field(3, ge=0, description="completions of held-out prefixes at the end")
+    sample_tokens: int = Field(64, gt=0, description="length of such a completion")
+
+
+class CheckpointConfig(Section):
+    """Saving; the end of the run is always saved."""
+
+    save_steps: int = Field(50, gt=0, description="steps between checkpoints")
+    keep_checkpoints: int = Field(
+        3, ge=2, description="newest checkpoints to keep; at least 2, as the last may be incomplete"
+    )
+
+
+class ReportConfig(Section):
+    """What a person sees while it runs."""
+
+    log_steps: int = Field(10, gt=0, description="steps between lines where there is no terminal")
+    wandb: bool = Field(False, description="report to Weights & Biases too")
+    wandb_project: str = Field("qloop", min_length=1, description="the project's name there")
+    tensorboard: bool = Field(False, description="write logs/tensorboard too")
+
+
+class Config(Section):
+    """All sections; what `train` gets."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    report: ReportConfig = ReportConfig()
+
+
+class Key(NamedTuple):
+    """A key with the section it belongs to."""
+
+    section: str
+    name: str
+    field: FieldInfo
+
+
+class LoadedConfig(NamedTuple):
+    """A config, and for each key that was given the place it came from."""
+
+    config: Config
+    origins: dict[str, str]
+
+
+COMMAND_LINE = "command line"
+ALIASES = {"base_model": "model_name"}
+
+# Keys that may differ between the parts of one run: they change what is reported and when it ends,
+# not what a step computes from its weights and its number.
+MAY_CHANGE = frozenset(
+    "experiment_name output_dir resume cache_dir max_steps num_epochs eval_steps eval_batch_size "
+    "num_samples sample_tokens save_steps keep_checkpoints log_steps wandb wandb_project "
+    "tensorboard".split()
+)
+
+WANDB_KEYS = ("wandb_project",)
+DATA_DIR_KEYS = ("data_dir", "data_type")
+
+
+def iterate_keys() -> Iterator[Key]:
+    """Yields every key of every section, in the order of the sections."""
+    for section, section_field in Config.model_fields.items():
+        section_model = section_field.annotation
+        assert isinstance(section_model, type) and issubclass(section_model, Section)
+        for name, field in section_model.model_fields.items():
+            yield Key(section, name, field)
+
+
+KEYS = {key.name: key for key in iterate_keys()}
+
+
+def load_config(file: Path | None, flags: Mapping[str, str]) -> LoadedConfig:
+    """Loads a TOML or YAML file, lets flags replace its keys, and checks the whole.
+
+    Args:
+        file: A `.toml`, `.yaml` or `.yml` file; none to start from the defaults.
+        flags: Values as typed on the command line, by key; an unknown name is reported like a wrong value.
+
+    Raises:
+        ConfigError: With every problem found, by the place it stands in.
+    """
+    problems: list[tuple[str, str, str]] = []  # origin, key, what is wrong
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, key, value in [*_read_file(file, problems), *_read_flags(flags, problems)]:
+        values[key], origins[key] = value, origin
+
+    while True:  # once more without the wrong values, so that contradictions show in the same message
+        sections: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            sections.setdefault(KEYS[key].section, {})[key] = value
+        try:
+            config = Config.model_validate(sections)
+            break
+        except ValidationError as error:
+            for detail in error.errors():
+                key = str(detail["loc"][1])
+                if key in values:  # a list may hold several wrong values
+                    problems.append((origins[key], key, _describe(detail)))
+                    del values[key]
+    wrong = {key for _, key, _ in problems}
+    for keys, text in _find_contradictions(config, origins):
+        if not wrong & set(keys):
+            problems.append((origins.get(keys[0], COMMAND_LINE), keys[0], text))
+    if problems:
+        raise ConfigError(_format_problems(problems))
+    return LoadedConfig(config, origins)
+
+
+def describe_unused(config: Config, origins: Mapping[str, str]) -> list[str]:
+    """Says which keys of the file this run makes no use of, for its opening lines."""
+    lines = []
+    for keys, reason in _unused(config):
+        given = [key for key in keys if key in origins]
+        if given:
+            more = f" and {len(given) - 1} more" if given[1:] else ""
+            lines.append(f"{origins[given[0]]}: {given[0]}{more}: not used, {reason}")
+    return lines
+
+
+def find_changes(before: Config, after: Config) -> list[str]:
+    """Lists the keys whose change would make a run another run, as `key: before -> after`."""
+    changes = []
+    for key in KEYS.values():
+        if key.name not in MAY_CHANGE:
+            old, new = (
+                getattr(getattr(config, key.section), key.name) for config in (before, after)
+            )
+            if old != new:
+                changes.append(f"{key.name}: {_show(old)} -> {_show(new)}")
+    return changes
+
+
+def dump_yaml(config: Config) -> str:
+    """Writes every key that has a value, by section; `load_config` reads it back the same."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-5 as text; people mean the number."""
+
+
+_YamlLoader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
+_FLOAT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+
+
+def _read_file(
+    file: Path | None, problems: list[tuple[str, str, str]]
+) -> Iterator[tuple[str, str, Any]]:
+    if file is None:
+        return
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".toml":
+            content: Any = tomli.loads(text)
+        elif file.suffix in (".yaml", ".yml"):
+            content = yaml.load(text, Loader=_YamlLoader)
+        else:
+            raise ConfigError(f"{file}: config files end in .toml, .yaml or .yml")
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
+    except (tomli.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid {file.suffix[1:].upper()}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: holds no keys; it must hold lines such as max_steps = 500")
+
+    seen: set[str] = set()
+    for heading, value in content.items():
+        if heading in Config.model_fields and isinstance(value, dict):
+            entries = value
+        elif heading in Config.model_fields and value is None:  # an empty YAML section
+            entries = {}
+        else:
+            entries = {heading: value}
+        for written, entry in entries.items():
+            key = ALIASES.get(str(written), str(written))
+            if key in seen:
+                problems.append((str(file), key, "given twice"))
+            elif key not in KEYS:
+                problems.append((str(file), key, f"unknown key{_nearest(key)}"))
+            elif entry is None:
+                problems.append((str(file), key, "has no value; leave the line out"))
+            else:
+                yield str(file), key, entry
+            seen.add(key)
+
+
+def _read_flags(
+    flags: Mapping[str, str], problems: list[tuple[str, str, str]]
+) -> Iterator[tuple[str, str, Any]]:
+    for key, text in flags.items():
+        if key not in KEYS:
+            problems.append((COMMAND_LINE, f"--{key}", f"unknown flag{_nearest(key, '--')}"))
+            continue
+        field = KEYS[key].field
+        if field.annotation == tuple[str, ...]:
+            yield COMMAND_LINE, key, [name for name in text.split(",") if name]
+            continue
+        try:
+            # Only the type: the limits are checked with all other keys.
+            adapter: TypeAdapter[Any] = TypeAdapter(field.annotation)
+            yield COMMAND_LINE, key, adapter.validate_strings(text)
+        except ValidationError as error:
+            problems.append((COMMAND_LINE, key, _describe(error.errors()[0])))
+
+
+def _find_contradictions(
+    config: Config, origins: Mapping[str, str]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields the keys that contradict each other, the one to name first, and what to do."""
+    model, data, schedule = config.model, config.data, config.schedule
+    for keys, reason in _unused(config):
+        for key in keys:
+            if origins.get(key) == COMMAND_LINE:
+                yield (key,), f"has no effect, {reason}; leave it out"
+    if model.model_config_file and model.training_method != "full":
+        yield (
+            ("training_method", "model_config_file"),
+            f"{model.training_method} adapts a base, but model_config_file starts from random weights; "
+            "use full, or give model_name instead",
+        )
+    if model.model_config_file and model.tokenizer_name is None:
+        yield ("model_config_file", "tokenizer_name"), "needs tokenizer_name beside it"
+    if data.train_file and data.dataset_name:
+        yield ("train_file", "dataset_name"), "contradicts dataset_name; give one of the two"
+    if schedule.min_learning_rate > schedule.learning_rate:
+        yield (
+            ("min_learning_rate", "learning_rate"),
+            f"must not be above learning_rate = {schedule.learning_rate:g}, "
+            f"got {schedule.min_learning_rate:g}",
+        )
+    if schedule.max_steps is not None and schedule.warmup_steps >= schedule.max_steps:
+        default = "" if "warmup_steps" in origins else " (the default)"
+        yield (
+            ("warmup_steps", "max_steps"),
+            f"must be below max_steps = {schedule.max_steps}, got {schedule.warmup_steps}{default}",
+        )
+
+
+def _unused(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields groups of keys that this config never reads, with the reason."""
+    if config.model.training_method == "full":
+        yield tuple(LoraConfig.model_fields), "training_method is full"
+    if config.data.train_file or config.data.dataset_name:
+        name = "train_file" if config.data.train_file else "dataset_name"
+        yield DATA_DIR_KEYS, f"the corpus comes from {name}"
+    if not config.data.dataset_name:
+        yield ("dataset_config_name",), "there is no dataset_name"
+    if not config.report.wandb:
+        yield WANDB_KEYS, "wandb is off"
+    if config.data.eval_file:
+        yield ("held_out_share",), "eval_file holds the held-out documents"
+    if config.model.model_config_file:
+        yield (
+            ("model_name", "model_revision"),
+            "model_config_file starts from random weights",
+        )
+
+
+def _nearest(key: str, prefix: str = "") -> str:
+    near = difflib.get_close_matches(key.replace("-", "_"), [*KEYS, *ALIASES], n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{near[0]}?" if near else "; see `qloop train --help`"
+
+
+def _show(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str | Path) else f"{value}"
+
+
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "tuple": "a list of names",
+    "path": "a path",
+    "finite": "a finite number",
+}
+_LIMITS = {
+    "greater_than": ("above", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("below", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+
+
+def _describe(detail: ErrorDetails) -> str:
+    """Puts one of pydantic's findings in our words: what must be, what was given."""
+    kind, context, given = detail["type"], detail.get("ctx", {}), _show(detail["input"])
+    if kind in _LIMITS:
+        word, name = _LIMITS[kind]
+        return f"must be {word} {context[name]}, got {given}"
+    if kind == "literal_error":
+        choices = str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
+        return f"unknown value {given}; choose {join_names(choices)}"
+    if kind == "string_pattern_mismatch":
+        return f"must match {context['pattern']}, got {given}"
+    if kind in ("string_too_short", "too_short"):
+        return "must not be empty"
+    for prefix, words in _TYPES.items():
+        if kind.startswith(prefix):
+            return f"must be {words}, got {given}"
+    return f"{detail['msg']}, got {given}"
+
+
+def _format_problems(problems: list[tuple[str, str, str]]) -> str:
+    lines = []
+    for origin in dict.fromkeys(origin for origin, _, _ in problems):
+        here = [f"  {key}: {text}" for place, key, text in problems if place == origin]
+        lines += [f"{origin}: {len(here)} problem{'s' if len(here) > 1 else ''}", *here]
+    return "\n".join(lines)

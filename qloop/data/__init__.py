@@ -1,0 +1,1 @@
+"""From source files to micro-batches: documents, tokens, packing, batches."""

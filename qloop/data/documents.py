@@ -1,0 +1,202 @@
+"""Reads documents from folders of Q files, JSONL, Parquet or a hub dataset; strictly, and losing nothing.
+
+Whatever cannot be used comes out as a `Refusal` with its place and reason, in the order it was met; the
+rest of the corpus goes on. Text is used as it stands: no byte is corrected on the way.
+
+    trades.jsonl:1   {"text": "select from trade"}   -> Document
+    trades.jsonl:2   {"text": 5}                     -> Refusal wrong_type: "text" is int
+    trades.jsonl:3   {"text": "sel                   -> Refusal malformed_json
+"""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qloop.errors import DataError
+
+Q_SUFFIXES = (".q", ".k")
+JSONL_SUFFIXES = (".jsonl", ".json")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One source text: what is learned (`text`), and what may stand before it (`prompt`)."""
+
+    text: str
+    prompt: str
+    place: str
+    """File, and line or row where the file holds several documents."""
+
+    @property
+    def content_hash(self) -> bytes:
+        """SHA-256 of the content; the same text has the same hash wherever it stands."""
+        return hashlib.sha256(f"{self.prompt}\0{self.text}".encode()).digest()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something in the corpus that could not be used, and why."""
+
+    place: str
+    reason: str
+    """One of not_utf8, nul, empty, malformed_json, not_an_object, missing_field, wrong_type,
+    not_a_regular_file, unreadable."""
+    detail: str
+
+
+def list_source_files(path: Path) -> list[Path]:
+    """Lists the files that a corpus path stands for, sorted, so that their order is the same everywhere.
+
+    Args:
+        path: A file, or a folder, of which the `.q` and `.k` entries are taken at any depth.
+
+    Raises:
+        DataError: The path does not exist, is of no known format, or the folder has no such file.
+    """
+    if path.is_dir():
+        found = sorted(
+            Path(folder, name)
+            for folder, _, names in os.walk(path)
+            for name in names
+            if name.lower().endswith(Q_SUFFIXES)
+        )
+        if not found:
+            raise DataError(f"{path}: no .q or .k file in this folder or below it")
+        return found
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if path.suffix.lower() not in (*Q_SUFFIXES, *JSONL_SUFFIXES, ".parquet"):
+        raise DataError(
+            f"{path}: unknown format; give JSONL (.jsonl), Parquet (.parquet), a .q or .k file, "
+            "or a folder of them"
+        )
+    return [path]
+
+
+def hash_files(files: list[Path]) -> str:
+    """Hashes the names (below their common folder) and the bytes of some files; a change of either shows."""
+    root = os.path.commonpath([file.parent for file in files])
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(os.path.relpath(file, root).encode() + b"\0")
+        if stat.S_ISREG(file.lstat().st_mode) and os.access(file, os.R_OK):
+            content = hashlib.sha256()
+            with file.open("rb") as stream:
+                while chunk := stream.read(2**20):
+                    content.update(chunk)
+            digest.update(content.digest())
+    return digest.hexdigest()
+
+
+def iterate_documents(files: list[Path], text_field: str) -> Iterator[Document | Refusal]:
+    """Yields every document of some files, or the reason why it is none.
+
+    Raises:
+        DataError: A Parquet file cannot be opened or lacks the columns.
+    """
+    for file in files:
+        if not stat.S_ISREG(file.lstat().st_mode):
+            # A link would count its target twice or lead in a circle; a pipe would block.
+            yield Refusal(str(file), "not_a_regular_file", "links, pipes and devices are not read")
+        elif file.suffix.lower() in JSONL_SUFFIXES:
+            yield from _iterate_jsonl(file, text_field)
+        elif file.suffix.lower() == ".parquet":
+            yield from _iterate_parquet(file, text_field)
+        else:
+            yield _read_source(file)
+
+
+def iterate_rows(
+    rows: Iterator[dict[str, Any]], name: str, text_field: str
+) -> Iterator[Document | Refusal]:
+    """Yields the documents of a hub dataset's rows, likewise."""
+    for number, row in enumerate(rows):
+        yield _document_of(row, text_field, f"{name} row {number}")
+
+
+def _read_source(file: Path) -> Document | Refusal:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        return Refusal(str(file), "unreadable", error.strerror or str(error))
+    text = _decode(content, str(file))
+    return text if isinstance(text, Refusal) else _checked(text, "", str(file))
+
+
+def _iterate_jsonl(file: Path, text_field: str) -> Iterator[Document | Refusal]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            place = f"{file}:{number}"
+            text = _decode(line, place)
+            if isinstance(text, Refusal):
+                yield text
+            elif not text.strip():
+                yield Refusal(place, "empty", "a blank line")
+            else:
+                try:
+                    yield _document_of(json.loads(text), text_field, place)
+                except (json.JSONDecodeError, RecursionError) as error:
+                    yield Refusal(place, "malformed_json", str(error))
+
+
+def _iterate_parquet(file: Path, text_field: str) -> Iterator[Document | Refusal]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        columns = [
+            name for name in (text_field, "prompt", "completion") if name in table.schema.names
+        ]
+        number = 0
+        for batch in table.iter_batches(batch_size=1024, columns=columns):
+            for row in batch.to_pylist():
+                yield _document_of(row, text_field, f"{file} row {number}")
+                number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not readable as Parquet: {error}") from error
+
+
+def _document_of(row: Any, text_field: str, place: str) -> Document | Refusal:
+    if not isinstance(row, dict):
+        return Refusal(place, "not_an_object", f"a line must be an object, got {_kind(row)}")
+    if text_field in row:
+        names = (text_field,)
+    elif "prompt" in row and "completion" in row:
+        names = ("completion", "prompt")
+    else:
+        detail = f'has neither "{text_field}" nor "prompt" and "completion"; fields: {list(row)}'
+        return Refusal(place, "missing_field", detail)
+    for name in names:
+        if not isinstance(row[name], str):
+            return Refusal(place, "wrong_type", f'"{name}" is {_kind(row[name])}, not text')
+    return _checked(row[names[0]], row["prompt"] if len(names) > 1 else "", place)
+
+
+def _checked(text: str, prompt: str, place: str) -> Document | Refusal:
+    if "\0" in text or "\0" in prompt:
+        return Refusal(place, "nul", "holds a NUL character; is it a binary file?")
+    if not text.strip():
+        return Refusal(place, "empty", "nothing but white space")
+    try:
+        (text + prompt).encode()
+    except UnicodeEncodeError as error:
+        return Refusal(place, "not_utf8", f"a lone surrogate at character {error.start}")
+    return Document(text, prompt, place)
+
+
+def _decode(content: bytes, place: str) -> str | Refusal:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        value = content[error.start]
+        return Refusal(place, "not_utf8", f"byte 0x{value:02x} at offset {error.start}")
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__

@@ -1,0 +1,131 @@
+"""Held-out loss, perplexity, bits per byte and token accuracy; and completions to look at."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from qloop.data.batches import build_micro_batch, count_targets
+from qloop.data.packing import BlockIndex
+from qloop.data.tokens import TokenStore
+from qloop.model.loss import predict
+
+_PROMPT_TOKENS = 96
+"""At most this much of a document is given before a completion."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the model makes of the held-out documents, every target weighing the same."""
+
+    loss: float
+    """Nats per target."""
+    perplexity: float
+    bits_per_byte: float
+    """Comparable between tokenizers: all nats, in bits, over the bytes of the text they are for."""
+    token_accuracy: float
+    """Share of targets that were the likeliest token."""
+    target_tokens: int
+    target_bytes: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion beside the truth."""
+
+    prefix: str
+    completion: str
+    truth: str
+
+
+def evaluate(
+    model: torch.nn.Module,
+    store: TokenStore,
+    index: BlockIndex,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> Evaluation:
+    """Measures the model on every held-out document, each rank on its share of the blocks.
+
+    Sums over targets are divided once, at the end, so that the batch size and the number of ranks change
+    nothing but the last digits.
+
+    Args:
+        model: In any mode; left as it was.
+        store: The held-out documents.
+        index: Their blocks.
+        batch_size: Blocks in a forward pass.
+        accelerator: Knows the device and the ranks.
+    """
+    # Unwrapped: ranks may have different numbers of batches, and must not wait for each other.
+    plain = accelerator.unwrap_model(model)
+    was_training = plain.training
+    plain.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    batches = torch.arange(len(index)).split(batch_size)
+    with torch.no_grad():
+        for block_ids in batches[accelerator.process_index :: accelerator.num_processes]:
+            micro_batch = build_micro_batch(store, index, block_ids.numpy())
+            targets = count_targets([micro_batch])
+            loss_sum, correct = predict(plain, micro_batch.to(accelerator.device))
+            sums += torch.stack([loss_sum, correct, torch.full_like(loss_sum, targets)])
+    plain.train(was_training)
+    nats, correct_tokens, target_tokens = accelerator.reduce(sums, "sum").tolist()
+    loss = nats / target_tokens
+    target_bytes = int(store.target_bytes.sum())
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),  # beyond that, infinity for a float
+        bits_per_byte=nats / math.log(2) / target_bytes,
+        token_accuracy=correct_tokens / target_tokens,
+        target_tokens=int(target_tokens),
+        target_bytes=target_bytes,
+    )
+
+
+def sample_completions(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    store: TokenStore,
+    num_samples: int,
+    sample_tokens: int,
+    seed: int,
+    accelerator: Accelerator,
+) -> list[Sample]:
+    """Lets the model go on from the start of a few held-out documents, spread over all of them.
+
+    Drawn at temperature 0.8 from the likeliest 95 %; the same seed draws the same.
+    """
+    plain = accelerator.unwrap_model(model)
+    was_training = plain.training
+    plain.eval()
+    samples = []
+    for document in torch.linspace(0, len(store) - 1, num_samples).long().unique().tolist():
+        ids = torch.from_numpy(
+            store.tokens[store.offsets[document] : store.offsets[document + 1]].astype("int64")
+        )
+        cut = min(_PROMPT_TOKENS, len(ids) // 2)
+        torch.manual_seed(seed + document)
+        with torch.no_grad(), accelerator.autocast():
+            output = plain.generate(
+                input_ids=ids[None, :cut].to(accelerator.device),
+                attention_mask=torch.ones(1, cut, dtype=torch.int64, device=accelerator.device),
+                max_new_tokens=sample_tokens,
+                do_sample=True,
+                temperature=0.8,
+                top_p=0.95,
+                pad_token_id=store.end_id,
+                eos_token_id=store.end_id,
+            )[0, cut:]
+        samples.append(
+            Sample(
+                *(
+                    tokenizer.decode(piece, skip_special_tokens=True)
+                    for piece in (ids[:cut], output, ids[cut : cut + sample_tokens])
+                )
+            )
+        )
+    plain.train(was_training)
+    return samples

@@ -1,0 +1,1 @@
+"""The model: built for a method, checked for isolation, and its loss."""

@@ -1,0 +1,336 @@
+"""Builds the tokenizer and the model of a run; the only place that knows full, LoRA and QLoRA.
+
+What is trained is fp32, always: at a learning rate of 1e-5 most updates of a bf16 weight round to nothing.
+What is frozen has the compute type (lora) or 4 bits (qlora).
+"""
+
+import hashlib
+import inspect
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qloop.config import LoraConfig, ModelConfig
+from qloop.data.tokens import Encoder
+from qloop.errors import CheckpointError, ConfigError
+
+ADAPTER_METHODS = ("lora", "qlora")
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """Resolves `auto`: bf16 on a GPU that has it in hardware, else fp32.
+
+    A CPU always gets fp32, though some have bf16 too: elsewhere it is hundreds of times slower, and a run
+    should not depend on which of the two machines it met.
+
+    Returns:
+        `bf16` or `fp32`.
+    """
+    if precision != "auto":
+        return precision
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer, with every added token made special.
+
+    `split_special_tokens` keeps text that spells a special token as text, but only if the token is marked
+    special, and Qwen2.5 does not mark its `<|fim_prefix|>` and `<|file_sep|>`.
+
+    Raises:
+        ConfigError: There is none, or it has no end token.
+    """
+    name = config.tokenizer_name or config.model_name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=None if config.tokenizer_name else config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        key = "tokenizer_name" if config.tokenizer_name else "model_name"
+        raise ConfigError(_cannot_load(key, name, "tokenizer", error)) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"tokenizer_name: the tokenizer of {name} has no end-of-text token, so the model could "
+            "not learn where a document ends; set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.is_fast:
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        tokenizer.backend_tokenizer.add_special_tokens(
+            [AddedToken(str(token), special=True, normalized=False) for token in added]
+        )
+    return tokenizer
+
+
+def build_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """Reduces a tokenizer to what the token store needs of it."""
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return list(encoded["input_ids"])
+
+    def count_bytes(ids: list[int]) -> int:
+        return len(tokenizer.decode(ids, skip_special_tokens=True).encode()) if ids else 0
+
+    end_id = int(tokenizer.eos_token_id)
+    # Some tokenizers put a start token before every text (Llama, Gemma), some end it themselves.
+    start_ids = [token for token in tokenizer("")["input_ids"] if token != end_id]
+    if tokenizer.is_fast:
+        definition = tokenizer.backend_tokenizer.to_str()
+    else:
+        definition = json.dumps(sorted(tokenizer.get_vocab().items()))
+    settings = f"{type(tokenizer).__name__} {start_ids} {end_id} {definition}"
+    return Encoder(
+        encode=encode,
+        count_bytes=count_bytes,
+        start_ids=start_ids,
+        end_id=end_id,
+        vocabulary_size=len(tokenizer),
+        fingerprint=hashlib.sha256(settings.encode()).hexdigest(),
+    )
+
+
+def build_model(
+    config: ModelConfig,
+    lora: LoraConfig,
+    precision: str,
+    device: torch.device,
+    seed: int,
+    checkpoint: Path | None = None,
+) -> PreTrainedModel:
+    """Builds the model for its method, on the CPU except for a 4-bit base, which is made on the device.
+
+    Args:
+        config: The base and the method.
+        lora: The adapters; unused by `full`.
+        precision: `bf16` or `fp32`, the type of a frozen base and of computing.
+        device: Where it will be trained.
+        seed: Decides new weights: a model from random weights, new adapters.
+        checkpoint: A checkpoint's folder to take the trained weights from, instead of starting anew.
+
+    Raises:
+        ConfigError: The base cannot be found, is no causal language model, or lacks weights; a named layer
+            does not exist.
+        CheckpointError: The checkpoint lacks weights.
+    """
+    torch.manual_seed(seed)
+    compute_type = torch.bfloat16 if precision == "bf16" else torch.float32
+    if config.training_method == "full":
+        model = _build_full(config, checkpoint)
+    else:
+        base = _load_base(config, compute_type, device)
+        base.requires_grad_(False)
+        model = _add_adapters(base, config, lora, checkpoint)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Nothing in a frozen base asks for a gradient before the first adapter; its input has to.
+        if config.training_method in ADAPTER_METHODS:
+            model.enable_input_require_grads()
+    return model
+
+
+def load_model_config(config: ModelConfig) -> PreTrainedConfig:
+    """Reads the description of the model's architecture, without its weights.
+
+    Raises:
+        ConfigError: It cannot be found or read.
+    """
+    name = str(config.model_config_file or config.model_name)
+    key = "model_config_file" if config.model_config_file else "model_name"
+    try:
+        return AutoConfig.from_pretrained(
+            name,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(_cannot_load(key, name, "model", error)) from error
+
+
+def check_sizes(
+    model_config: PreTrainedConfig, vocabulary_size: int, max_seq_length: int
+) -> None:
+    """Checks that the model can read such token ids and such long blocks.
+
+    Raises:
+        ConfigError: It cannot; with both numbers.
+    """
+    text_config = model_config.get_text_config()
+    if vocabulary_size > text_config.vocab_size:
+        raise ConfigError(
+            f"tokenizer_name: the tokenizer has {vocabulary_size} tokens, the model's embedding "
+            f"{text_config.vocab_size} rows; use the model's own tokenizer"
+        )
+    longest = getattr(text_config, "max_position_embeddings", None)
+    if longest and max_seq_length > longest:
+        raise ConfigError(
+            f"max_seq_length: must be at most {longest}, the model's longest context, "
+            f"got {max_seq_length}"
+        )
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Counts all parameters, a 4-bit one as its own size, and those that are trained."""
+    total = trained = 0
+    for parameter in model.parameters():
+        packed = type(parameter).__name__ == "Params4bit"
+        total += parameter.numel() * (2 if packed else 1)
+        trained += parameter.numel() if parameter.requires_grad else 0
+    return total, trained
+
+
+def fingerprint_weights(model: torch.nn.Module) -> str:
+    """Hashes names, types, shapes and a spread of up to 256 values of every frozen tensor.
+
+    It tells one base from another, or from a fine-tuned one, in milliseconds; it does not protect from
+    someone who changes single weights on purpose.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            continue
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        flat = parameter.detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // 256)].double().tolist()
+        digest.update(struct.pack(f"{len(values)}d", *values))
+    return digest.hexdigest()
+
+
+def _build_full(config: ModelConfig, checkpoint: Path | None) -> PreTrainedModel:
+    if checkpoint or not config.model_config_file:
+        return _load_base(config, torch.float32, torch.device("cpu"), checkpoint)
+    try:
+        return AutoModelForCausalLM.from_config(
+            load_model_config(config),
+            dtype=torch.float32,
+            trust_remote_code=config.trust_remote_code,
+            **_attention(config),
+        )
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"model_config_file: {config.model_config_file}: {error}") from error
+
+
+def _load_base(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, checkpoint: Path | None = None
+) -> PreTrainedModel:
+    """Loads a causal LM, from safetensors only, and makes sure that no weight was made up."""
+    name = str(checkpoint or config.model_name)
+    options: dict[str, Any] = _attention(config)
+    if config.training_method == "qlora":
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        options["device_map"] = {"": device}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=None if checkpoint else config.model_revision,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        if checkpoint:
+            raise CheckpointError(f"{checkpoint}: its model cannot be loaded: {error}") from error
+        raise ConfigError(_cannot_load("model_name", name, "model", error)) from error
+    wrong = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
+    if wrong:
+        text = f"{len(wrong)} weights are missing or of another shape, the first {wrong[0]}"
+        if checkpoint:
+            raise CheckpointError(f"{checkpoint}: {text}")
+        raise ConfigError(f"model_name: {name}: {text}; is it a causal language model?")
+    return model
+
+
+def _add_adapters(
+    base: PreTrainedModel, config: ModelConfig, lora: LoraConfig, checkpoint: Path | None
+) -> PreTrainedModel:
+    import peft
+
+    if checkpoint:
+        try:
+            return peft.PeftModel.from_pretrained(base, str(checkpoint), is_trainable=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{checkpoint}: its adapter cannot be loaded: {error}") from error
+    _refuse_tied(base, lora.modules_to_save)
+    targets = lora.lora_target_modules
+    try:
+        return peft.get_peft_model(
+            base,
+            peft.LoraConfig(
+                task_type="CAUSAL_LM",
+                base_model_name_or_path=config.model_name,
+                revision=config.model_revision,
+                r=lora.lora_rank,
+                lora_alpha=lora.lora_alpha,
+                lora_dropout=lora.lora_dropout,
+                target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+                modules_to_save=list(lora.modules_to_save) or None,
+                use_rslora=lora.use_rslora,
+                use_dora=lora.use_dora,
+            ),
+        )
+    except ValueError as error:
+        layers = sorted(
+            {
+                name.rsplit(".", 1)[-1]
+                for name, module in base.named_modules()
+                if not list(module.children()) and list(module.parameters(recurse=False))
+            }
+        )
+        raise ConfigError(
+            f"lora_target_modules: {', '.join(targets)}: {error}; this model's layers: "
+            f"{', '.join(layers)}"
+        ) from error
+
+
+def _refuse_tied(base: PreTrainedModel, modules_to_save: tuple[str, ...]) -> None:
+    """Two names of one weight would be trained apart, and a merged model would write nonsense."""
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if head is None or embedding.weight is not head.weight:
+        return
+    tied = [
+        name
+        for name, module in base.named_modules()
+        if module in (embedding, head) and name.rsplit(".", 1)[-1] in modules_to_save
+    ]
+    if tied:
+        raise ConfigError(
+            f"modules_to_save: {', '.join(tied)}: this model ties its input and output embeddings, "
+            "so that training a copy of one would tear them apart; leave it out"
+        )
+
+
+def _attention(config: ModelConfig) -> dict[str, Any]:
+    return {} if config.attention == "auto" else {"attn_implementation": config.attention}
+
+
+def _cannot_load(key: str, name: str, what: str, error: Exception) -> str:
+    reason = inspect.cleandoc(str(error)).splitlines()[0] if str(error) else type(error).__name__
+    where = "a folder here" if Path(name).exists() else "no folder here, so a name on the hub"
+    return f"{key}: no {what} could be loaded from {name} ({where}): {reason}"

@@ -1,0 +1,1 @@
+"""What a run tells: the console, its log files, the plot, and trackers."""

@@ -1,0 +1,95 @@
+"""What a person sees: a live line on a terminal, plain lines elsewhere, and training_log.txt."""
+
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.text import Text
+
+from qloop.report.metrics import StepRecord
+
+
+class Console:
+    """Writes messages to the terminal and the log, and steps to a line that stays."""
+
+    def __init__(self, log_file: Path | None, log_steps: int, last_step: int) -> None:
+        """Opens the log.
+
+        Args:
+            log_file: training_log.txt, appended to; none writes no log.
+            log_steps: Steps between lines in the log, and where there is no terminal.
+            last_step: Where the run ends.
+        """
+        self._rich = RichConsole(soft_wrap=True, highlight=False, markup=False)
+        self._log = log_file.open("a", encoding="utf-8") if log_file else None
+        self._log_steps = log_steps
+        self._last_step = last_step
+        self._live: Live | None = None
+        self._started: tuple[float, int] | None = None
+
+    def say(self, message: str) -> None:
+        """Prints a message, above the live line if there is one, and logs it."""
+        self._rich.print(message)
+        self._write_log(message)
+
+    def show_step(self, record: StepRecord) -> None:
+        """Renews the live line; prints and logs a plain one when it is due."""
+        now = time.perf_counter()
+        if self._started is None:
+            self._started = (now, record.step)
+        line = _describe_step(record, self._last_step, self._estimate_seconds(now, record.step))
+        is_due = record.step % self._log_steps == 0 or record.step == self._last_step
+        if self._rich.is_terminal:
+            if self._live is None:
+                self._live = Live(console=self._rich, refresh_per_second=8)
+                self._live.start()
+            self._live.update(Text(line))
+        elif is_due:
+            self._rich.print(line)
+        if is_due:
+            self._write_log(line)
+
+    def close(self) -> None:
+        """Ends the live line, leaving its last state, and the log."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _estimate_seconds(self, now: float, step: int) -> float | None:
+        """Seconds to the end at the pace so far, without the first step, which warms up."""
+        assert self._started is not None
+        began, first_step = self._started
+        if step == first_step:
+            return None
+        return (now - began) / (step - first_step) * (self._last_step - step)
+
+    def _write_log(self, message: str) -> None:
+        if self._log is not None:
+            stamp = datetime.now().astimezone().isoformat(timespec="seconds")
+            self._log.writelines(f"{stamp} {line}\n" for line in message.splitlines())
+            self._log.flush()
+
+
+def quieten_libraries() -> None:
+    """Keeps progress bars and hints of transformers and datasets out of our lines; errors stay."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _describe_step(record: StepRecord, last_step: int, seconds_left: float | None) -> str:
+    left = "" if seconds_left is None else f"  {timedelta(seconds=round(seconds_left))} left"
+    width = len(str(last_step))
+    return (
+        f"step {record.step:{width}}/{last_step}  loss {record.loss:.4f}  "
+        f"rate {record.learning_rate:.2e}  norm {record.grad_norm:.3f}  "
+        f"{record.tokens_per_second:,.0f} tokens/s{left}"
+    )

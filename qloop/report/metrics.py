@@ -1,0 +1,80 @@
+"""Files that a program reads: one JSON line per step, the held-out results, and cutting both back."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qloop.run_directory import write_atomically, write_json
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """All that is known of a step; a line of metrics.jsonl."""
+
+    step: int
+    loss: float
+    """Nats per target, over the whole step and all ranks."""
+    learning_rate: float
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    target_tokens: int
+    tokens_seen: int
+    blocks_seen: int
+    epoch: float
+    data_seconds: float
+    forward_backward_seconds: float
+    update_seconds: float
+    tokens_per_second: float
+    """Targets of all ranks over the step's seconds."""
+    peak_memory_bytes: int
+    """Of the GPU so far; 0 on a CPU."""
+
+
+class MetricsFile:
+    """metrics.jsonl: every line is on its way to the disk when its step ends."""
+
+    def __init__(self, file: Path, after_step: int) -> None:
+        """Cuts the file back to a step, so that none appears twice, and goes on behind it."""
+        lines = [json.dumps(record) for record in read_records(file) if record["step"] <= after_step]
+        write_atomically(file, "".join(f"{line}\n" for line in lines))
+        self._stream = file.open("a", encoding="utf-8")
+
+    def write(self, record: StepRecord) -> None:
+        """Appends a line."""
+        self._stream.write(json.dumps(dataclasses.asdict(record)) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._stream.close()
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """Reads metrics.jsonl; a last line that a crash cut short is left out."""
+    if not file.exists():
+        return []
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class EvalResultsFile:
+    """eval_results.json: a list of the held-out results by step."""
+
+    def __init__(self, file: Path, after_step: int) -> None:
+        """Cuts the list back to a step."""
+        self._file = file
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        self.results: list[dict[str, Any]] = [r for r in before if r["step"] <= after_step]
+
+    def write(self, step: int, result: dict[str, Any]) -> None:
+        """Appends a result, in place of an older one of the same step."""
+        self.results = [r for r in self.results if r["step"] != step]
+        self.results.append({"step": step, **result})
+        write_json(self._file, self.results)

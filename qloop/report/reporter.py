@@ -1,0 +1,124 @@
+"""All reports of a run behind one name; on ranks other than the main one they do nothing."""
+
+import dataclasses
+from pathlib import Path
+
+from qloop.config import Config
+from qloop.evaluate import Evaluation, Sample
+from qloop.report.console import Console
+from qloop.report.metrics import EvalResultsFile, MetricsFile, StepRecord, read_records
+from qloop.report.plot import plot_losses
+from qloop.report.trackers import Trackers
+from qloop.run_directory import RunDirectory, write_atomically, write_json
+
+
+class Reporter:
+    """Tells the console, the log files and the trackers of what happens."""
+
+    def __init__(
+        self, run: RunDirectory, config: Config, step: int, last_step: int, is_main: bool
+    ) -> None:
+        """Opens the files, cut back to `step`."""
+        self.is_main = is_main
+        if not is_main:
+            return
+        self._run = run
+        self._console = Console(run.training_log, config.report.log_steps, last_step)
+        self._metrics = MetricsFile(run.metrics, step)
+        self._evaluations = EvalResultsFile(run.eval_results, step)
+        self._trackers = Trackers(
+            config.report, run.logs, run.path.name, config.model_dump(mode="json"), step, self.say
+        )
+
+    def say(self, message: str) -> None:
+        """Prints and logs a message."""
+        if self.is_main:
+            self._console.say(message)
+
+    def write_step(self, record: StepRecord) -> None:
+        """Reports a step."""
+        if self.is_main:
+            self._metrics.write(record)
+            self._console.show_step(record)
+            values = dataclasses.asdict(record)
+            self._trackers.write(
+                values.pop("step"), {f"train/{name}": value for name, value in values.items()}
+            )
+
+    def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Reports held-out results."""
+        if self.is_main:
+            values = dataclasses.asdict(evaluation)
+            self._evaluations.write(step, values)
+            self._trackers.write(step, {f"held_out/{name}": value for name, value in values.items()})
+            self.say(
+                f"held out after step {step}: loss {evaluation.loss:.4f}, perplexity "
+                f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.4f} bits per byte, "
+                f"{evaluation.token_accuracy:.1%} of tokens right"
+            )
+
+    def write_results(self, samples: list[Sample]) -> None:
+        """Writes the results folder from all that was reported."""
+        if not self.is_main:
+            return
+        folder = self._run.results
+        if self._evaluations.results:
+            first, last = self._evaluations.results[0], self._evaluations.results[-1]
+            write_json(folder / "evaluation.json", {"first": first, "final": last})
+        if samples:
+            write_atomically(folder / "samples.md", _format_samples(samples))
+        plot_losses(
+            read_records(self._run.metrics),
+            self._evaluations.results,
+            self._run.path.name,
+            folder / "loss.png",
+        )
+
+    def say_farewell(self, step: int, checkpoint: Path | None) -> None:
+        """Says how it went, where everything is, and what to type next."""
+        if not self.is_main:
+            return
+        lines = [f"finished after step {step}"]
+        if self._evaluations.results:
+            first, last = self._evaluations.results[0], self._evaluations.results[-1]
+            lines.append(
+                f"held-out loss {first['loss']:.4f} -> {last['loss']:.4f}, bits per byte "
+                f"{first['bits_per_byte']:.4f} -> {last['bits_per_byte']:.4f}"
+            )
+        lines += [
+            f"  model      {checkpoint}",
+            f"  results    {self._run.results}: evaluation.json, samples.md, loss.png",
+            f"  logs       {self._run.logs}: training_log.txt, metrics.jsonl, eval_results.json, "
+            "data_report.json",
+            "next:",
+            f"  go on      qloop train --config {self._run.config} --max_steps {2 * step}",
+            f"  adapt it   qloop train --model_name {checkpoint} --training_method lora "
+            "--train_file FOLDER --experiment_name NAME",
+        ]
+        self.say("\n".join(lines))
+
+    def write_status(self, state: str, step: int, reason: str = "") -> None:
+        """Says in status.json how the run stands."""
+        if self.is_main:
+            self._run.write_status(state, step, reason)
+
+    def close(self) -> None:
+        """Ends all reports."""
+        if self.is_main:
+            self._trackers.close()
+            self._metrics.close()
+            self._console.close()
+
+
+def _format_samples(samples: list[Sample]) -> str:
+    parts = ["# Completions of held-out documents\n"]
+    for number, sample in enumerate(samples, start=1):
+        parts.append(f"## {number}\n")
+        for title, text in (
+            ("given", sample.prefix),
+            ("the model goes on", sample.completion),
+            ("the document goes on", sample.truth),
+        ):
+            # Four backticks, since q itself may hold three.
+            parts.append(f"{title}:\n\n````q\n{text}\n````\n")
+    return "\n".join(parts)

@@ -1,0 +1,133 @@
+"""Weights & Biases and TensorBoard; neither can ever end a run, nor change it."""
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qloop.config import ReportConfig
+from qloop.errors import ConfigError
+
+Say = Callable[[str], None]
+
+
+class Trackers:
+    """All trackers that the config turns on; one that fails is told of and left."""
+
+    def __init__(
+        self, config: ReportConfig, logs: Path, name: str, settings: dict[str, Any], step: int, say: Say
+    ) -> None:
+        """Starts them.
+
+        Args:
+            config: Which ones.
+            logs: Folder for their files.
+            name: The run's name.
+            settings: The whole config, for W&B to show.
+            step: Updates made so far.
+            say: Tells the person.
+
+        Raises:
+            ConfigError: A package is missing that the config asks for.
+        """
+        self._say = say
+        self._sinks: list[_Sink] = []
+        if config.tensorboard:
+            self._start(lambda: _TensorBoard(logs / "tensorboard", step))
+        if config.wandb:
+            self._start(lambda: _Wandb(config.wandb_project, logs, name, settings, say))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Sends the values of a step, such as `train/loss`."""
+        self._each(lambda sink: sink.write(step, values))
+
+    def close(self) -> None:
+        """Ends them."""
+        self._each(lambda sink: sink.close())
+
+    def _start(self, build: Callable[[], "_Sink"]) -> None:
+        try:
+            self._sinks.append(build())
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever a tracker's client does, training goes on
+            self._say(f"a tracker could not start and is off: {type(error).__name__}: {error}")
+
+    def _each(self, act: Callable[["_Sink"], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                act(sink)
+            except Exception as error:  # as above
+                self._sinks.remove(sink)
+                self._say(f"{sink.name} failed and is off from here: {error}")
+
+
+class _Sink:
+    name: str
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class _TensorBoard(_Sink):
+    name = "TensorBoard"
+
+    def __init__(self, folder: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "tensorboard: the package is missing; pip install tensorboard"
+            ) from error
+        # What an interrupted part wrote after the restored step is hidden.
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb(_Sink):
+    name = "Weights & Biases"
+
+    def __init__(
+        self, project: str, logs: Path, name: str, settings: dict[str, Any], say: Say
+    ) -> None:
+        import wandb
+
+        # One id for all parts of a run, so that W&B shows them as one.
+        id_file = logs / "wandb_id.txt"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        options: dict[str, Any] = {
+            "project": project,
+            "name": name,
+            "id": id_file.read_text(encoding="utf-8").strip(),
+            "resume": "allow",
+            "config": settings,
+            "dir": str(logs),
+            "settings": wandb.Settings(init_timeout=20, silent=True),
+        }
+        try:
+            self._run = wandb.init(**options)
+        except Exception as error:
+            self._run = wandb.init(**options, mode="offline")
+            say(
+                f"W&B cannot be reached ({error}); this part is written to {logs / 'wandb'}: "
+                f"send it later with wandb sync {logs / 'wandb'}/offline-run-*"
+            )
+        # W&B's own counter cannot go back, a resumed run's step can.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,24 @@
+"""Random numbers that follow from (seed, step, micro-batch) alone, so that any step can be drawn again."""
+
+import hashlib
+import os
+
+import torch
+
+
+def seed_at(seed: int, step: int, micro_batch: int) -> int:
+    """Gives the seed of one forward pass.
+
+    Args:
+        seed: The run's.
+        step: Updates made so far.
+        micro_batch: Number of the micro-batch in the step, over all ranks: two ranks never share one.
+    """
+    digest = hashlib.sha256(f"{seed} {step} {micro_batch}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1  # torch takes 63 bits
+
+
+def use_deterministic_kernels() -> None:
+    """Makes torch refuse kernels whose result varies from call to call."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)

@@ -1,0 +1,184 @@
+"""The loop: read this first.
+
+Every step is a pure function of its number: which blocks it reads, its learning rate and its random numbers
+follow from (config, step). So there is no loader, no scheduler and no random state here, and nothing to
+restore but tensors and three counters.
+"""
+
+import math
+import time
+
+import torch
+
+from qloop.assembly import Assembly, assemble
+from qloop.config import Config
+from qloop.data.batches import block_ids_at, build_micro_batch, count_targets
+from qloop.errors import DivergenceError, Stopped
+from qloop.evaluate import evaluate, sample_completions
+from qloop.model.loss import next_token_loss
+from qloop.optimizer import clip_gradients, measure_grad_norm, set_learning_rate
+from qloop.report.metrics import StepRecord
+from qloop.schedule import learning_rate_at
+from qloop.seeds import seed_at
+from qloop.stops import StopRequest
+
+
+def train(config: Config, notes: list[str]) -> None:
+    """Trains until the last step, going on from a checkpoint if there is one.
+
+    Args:
+        config: The whole config.
+        notes: Lines that the person should see at the start.
+
+    Raises:
+        QloopError: Something that the config names cannot be used.
+        DivergenceError: A step's loss or gradient norm is not finite; its update was not made.
+        Stopped: A signal asked for it; the run is saved.
+    """
+    parts = assemble(config, notes)
+    try:
+        run_steps(parts, StopRequest(parts.accelerator))
+    except Exception as error:
+        states = {DivergenceError: "diverged", Stopped: "stopped"}
+        parts.report.write_status(states.get(type(error), "failed"), parts.progress.step, str(error))
+        raise
+    else:
+        finish(parts)
+    finally:
+        parts.report.close()
+
+
+def run_steps(parts: Assembly, stop: StopRequest) -> None:
+    """Makes every step that is still to make."""
+    config, accelerator, model, optimizer = (
+        parts.config, parts.accelerator, parts.model, parts.optimizer,
+    )  # fmt: skip
+    progress, report, schedule = parts.progress, parts.report, config.schedule
+    rank, num_ranks, device = (
+        accelerator.process_index, accelerator.num_processes, accelerator.device,
+    )  # fmt: skip
+    accumulation = config.batch.gradient_accumulation_steps
+    step_blocks = config.batch.batch_size * accumulation * num_ranks
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    report.write_status("running", progress.step)
+    if progress.step == 0:
+        measure_held_out(parts)
+    model.train()
+    while progress.step < parts.last_step:
+        started = time.perf_counter()
+
+        # 1. Fetch the whole step first, so that its loss can be divided by its true number of targets.
+        # Micro-batch m of a rank is number m * num_ranks + rank of the step, on any number of ranks.
+        step_ids = block_ids_at(progress.step, step_blocks, len(parts.index), config.run.seed)
+        rank_ids = step_ids.reshape(accumulation, num_ranks, -1)[:, rank]
+        micro_batches = [build_micro_batch(parts.store, parts.index, ids) for ids in rank_ids]
+        counted = torch.tensor(count_targets(micro_batches), device=device)
+        target_tokens = int(accelerator.reduce(counted, "sum"))
+        fetched = time.perf_counter()
+
+        # 2. Forward and backward. backward divides by the accumulation and ranks average their
+        # gradients; both are undone here, so that the gradient is that of the mean over all targets.
+        loss_sum = torch.zeros((), device=device)
+        for number, micro_batch in enumerate(micro_batches):
+            torch.manual_seed(seed_at(config.run.seed, progress.step, number * num_ranks + rank))
+            with accelerator.accumulate(model):
+                micro_loss = next_token_loss(model, micro_batch.to(device))
+                accelerator.backward(micro_loss * (accumulation * num_ranks / target_tokens))
+            loss_sum += micro_loss.detach()
+        loss = float(accelerator.reduce(loss_sum, "sum")) / target_tokens
+        grad_norm = measure_grad_norm(trained)
+        computed = time.perf_counter()
+
+        # 3. Refuse, clip, update: a bad step never reaches the weights. Clipping comes after the check,
+        # since it spreads one NaN over every gradient.
+        if not (math.isfinite(loss) and math.isfinite(float(grad_norm))):
+            raise DivergenceError(
+                f"step {progress.step + 1}: loss is {loss}, grad_norm {float(grad_norm)}; the weights "
+                f"are those after step {progress.step}; blocks {step_ids.tolist()}; lower learning_rate "
+                "or raise warmup_steps, and look at these blocks"
+            )
+        clip_gradients(trained, config.optimizer.max_grad_norm, grad_norm)
+        learning_rate = learning_rate_at(
+            progress.step, schedule.learning_rate, schedule.min_learning_rate,
+            schedule.warmup_steps, parts.last_step,
+        )  # fmt: skip
+        set_learning_rate(optimizer, learning_rate)
+        optimizer.step()
+        optimizer.zero_grad()
+        updated = time.perf_counter()
+
+        # 4. Account for the step; then report, evaluate and save, each when it is due.
+        progress.advance(step_blocks, target_tokens)
+        report.write_step(
+            StepRecord(
+                step=progress.step,
+                loss=loss,
+                learning_rate=learning_rate,
+                grad_norm=float(grad_norm),
+                target_tokens=target_tokens,
+                tokens_seen=progress.tokens_seen,
+                blocks_seen=progress.blocks_seen,
+                epoch=progress.blocks_seen / len(parts.index),
+                data_seconds=fetched - started,
+                forward_backward_seconds=computed - fetched,
+                update_seconds=updated - computed,
+                tokens_per_second=target_tokens / (updated - started),
+                peak_memory_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
+            )
+        )
+        if progress.is_due(config.evaluate.eval_steps, parts.last_step):
+            measure_held_out(parts)
+        signal_name = stop.agreed()
+        if signal_name or progress.is_due(config.checkpoint.save_steps, parts.last_step):
+            save(parts)
+        if signal_name and progress.step < parts.last_step:
+            raise Stopped(
+                f"{signal_name}: stopped and saved after step {progress.step} of {parts.last_step}; "
+                "the same command goes on from there"
+            )
+
+
+def measure_held_out(parts: Assembly) -> None:
+    """Measures on the held-out documents, if there are any, and reports it."""
+    if parts.held_out:
+        evaluation = evaluate(
+            parts.model,
+            parts.held_out.store,
+            parts.held_out.index,
+            parts.config.evaluate.eval_batch_size,
+            parts.accelerator,
+        )
+        parts.report.write_evaluation(parts.progress.step, evaluation)
+
+
+def save(parts: Assembly) -> None:
+    """Writes a checkpoint."""
+    path = parts.checkpoints.save(
+        parts.model,
+        parts.tokenizer,
+        parts.optimizer,
+        parts.progress,
+        parts.config.model_dump(mode="json"),
+        parts.fingerprints,
+    )
+    parts.report.say(f"saved {path}")
+    parts.report.write_status("running", parts.progress.step)
+
+
+def finish(parts: Assembly) -> None:
+    """Writes the results, and tells the person where everything is and what to type next."""
+    samples = []
+    if parts.held_out and parts.config.evaluate.num_samples:
+        samples = sample_completions(
+            parts.model,
+            parts.tokenizer,
+            parts.held_out.store,
+            parts.config.evaluate.num_samples,
+            parts.config.evaluate.sample_tokens,
+            parts.config.run.seed,
+            parts.accelerator,
+        )
+    parts.report.write_results(samples)
+    parts.report.write_status("finished", parts.progress.step)
+    parts.report.say_farewell(parts.progress.step, parts.checkpoints.newest())
