@@ -1,4 +1,4 @@
-"""Puts the parts of a run together, in the order in which they can fail cheapest; the loop only uses them."""
+"""Puts the parts of a run together, in the order in which they can fail cheapest."""
 
 import math
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class Assembly:
 
 
 def assemble(config: Config, notes: list[str]) -> Assembly:
-    """Builds everything, from the run's folder to the reports, and restores what a checkpoint holds.
+    """Builds everything, from the run's folder to the reports; restores what a checkpoint holds.
 
     Args:
         config: The whole config.
@@ -138,7 +138,8 @@ def assemble(config: Config, notes: list[str]) -> Assembly:
                 *notes,
                 f"run        {run.path}",
                 *describe_ledger(ledger, corpus.was_cached),
-                f"model      {config.model.model_config_file or config.model.model_name}: {total:,} "
+                f"model      {config.model.model_config_file or config.model.model_name}: "
+                f"{total:,} "
                 f"parameters, {trained:,} trained ({config.model.training_method}, {precision}, "
                 f"{accelerator.device.type} x {accelerator.num_processes})",
                 f"isolation  packed documents do not see each other (logits move by "
@@ -155,7 +156,7 @@ def assemble(config: Config, notes: list[str]) -> Assembly:
 
 
 def build_accelerator(config: Config) -> Accelerator:
-    """Builds the accelerator for the machine it finds; a machine without a GPU may still have ranks."""
+    """Builds the accelerator for the machine it finds; one without a GPU may still have ranks."""
     if config.run.deterministic:
         use_deterministic_kernels()
     cpu = not torch.accelerator.is_available()
@@ -177,7 +178,8 @@ def choose_checkpoint(
     """Finds what to go on from, and makes sure that it is this run's.
 
     Raises:
-        ConfigError: The folder or the checkpoint belongs to another run, or going on would overwrite steps.
+        ConfigError: The folder or the checkpoint belongs to another run, or going on would
+            overwrite steps.
         CheckpointError: There is no such checkpoint.
     """
     resume = config.run.resume
@@ -197,14 +199,15 @@ def choose_checkpoint(
         )
     if newest and read_checkpoint(newest).progress.step > checkpoint.progress.step:
         raise ConfigError(
-            f"resume: {path} is older than {newest}, whose steps would be written anew; give another "
+            f"resume: {path} is older than {newest}, whose steps would be written anew; give "
+            "another "
             "--experiment_name to branch off, or --resume auto to go on from the newest"
         )
     return checkpoint
 
 
 def refuse_other_origins(checkpoint: Checkpoint, fingerprints: dict[str, str]) -> None:
-    """Raises a ConfigError if the corpus, the tokenizer or the frozen base is another than it was."""
+    """Raises a ConfigError if the corpus, the tokenizer or the frozen base is another now."""
     other = [
         name.replace("_", " ")
         for name, value in fingerprints.items()
@@ -212,8 +215,10 @@ def refuse_other_origins(checkpoint: Checkpoint, fingerprints: dict[str, str]) -
     ]
     if other:
         raise ConfigError(
-            f"{checkpoint.path}: the {join_names(other, 'and')} changed since it was saved, so going on "
-            "would make another run of it; bring back what was there, or give another --experiment_name"
+            f"{checkpoint.path}: the {join_names(other, 'and')} changed since it was saved, so "
+            "going on "
+            "would make another run of it; bring back what was there, or give another "
+            "--experiment_name"
         )
 
 
@@ -230,9 +235,11 @@ def count_steps(config: Config, num_blocks: int, num_processes: int) -> int:
     step_blocks = batch.batch_size * batch.gradient_accumulation_steps * num_processes
     if num_blocks < step_blocks:
         raise DataError(
-            f"the corpus fills {num_blocks} blocks of {config.data.max_seq_length} tokens, but one step "
+            f"the corpus fills {num_blocks} blocks of {config.data.max_seq_length} tokens, but "
+            "one step "
             f"reads {step_blocks} (batch_size {batch.batch_size} x gradient_accumulation_steps "
-            f"{batch.gradient_accumulation_steps} x {num_processes} processes); lower one of them or "
+            f"{batch.gradient_accumulation_steps} x {num_processes} processes); lower one of "
+            "them or "
             "max_seq_length, or give more documents"
         )
     limits = [schedule.max_steps] if schedule.max_steps else []

@@ -50,9 +50,15 @@ def cli() -> None:
 @cli.command(
     cls=TrainCommand,
     # Unknown flags are reported by load_config, beside all other problems.
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "max_content_width": 110},
+    context_settings={
+        "ignore_unknown_options": True,
+        "allow_extra_args": True,
+        "max_content_width": 110,
+    },
 )
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML or YAML file of keys")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="TOML or YAML file of keys"
+)
 @click.pass_context
 def train(ctx: click.Context, config_file: Path | None, **flags: str | None) -> None:
     """Train a model; the same command again goes on where it stopped.
@@ -76,7 +82,7 @@ def train(ctx: click.Context, config_file: Path | None, **flags: str | None) -> 
 
 
 def main() -> None:
-    """Runs a command; a user's mistake ends in one message and its exit code, without a traceback."""
+    """Runs a command; a user's mistake ends in one message and its exit code, no traceback."""
     try:
         cli.main(standalone_mode=False)
     except QloopError as error:
@@ -86,7 +92,9 @@ def main() -> None:
         error.show()
         sys.exit(78)
     except (KeyboardInterrupt, click.Abort):
-        print("interrupted; the newest checkpoint is whole, the same command goes on", file=sys.stderr)
+        print(
+            "interrupted; the newest checkpoint is whole, the same command goes on", file=sys.stderr
+        )
         sys.exit(130)
 
 

@@ -1,8 +1,8 @@
 """The config: one strict, frozen model per section; defaults < file < command line.
 
-Every key's name is unique over all sections, so a section is a heading for the reader and nothing else: a
-file may hold its keys under any known section, or under none. That is how a YAML file with everything
-under `model:` loads, and why every key can be a flag of the same name.
+Every key's name is unique over all sections, so a section is a heading for the reader and nothing
+else: a file may hold its keys under any known section, or under none. That is how a YAML file with
+everything under `model:` loads, and why every key can be a flag of the same name.
 
     >>> load_config(None, {"learning_rate": "3e-4"}).config.optimizer.learning_rate
     0.0003
@@ -22,7 +22,8 @@ from pydantic_core import ErrorDetails
 
 from qloop.errors import ConfigError, join_names
 
-# Files hold paths as text and tuples as lists; these two kinds are converted, all others are strict.
+# Files hold paths as text and tuples as lists; these two kinds are converted, all others are
+# strict.
 FilePath = Annotated[Path, Field(strict=False)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
@@ -80,7 +81,8 @@ class ModelConfig(Section):
         "auto", description="attention code of transformers; auto: the model's own choice"
     )
     gradient_checkpointing: bool = Field(
-        True, description="recompute activations in the backward pass: less memory, about 30 % slower"
+        True,
+        description="recompute activations in the backward pass: less memory, about 30 % slower",
     )
     trust_remote_code: bool = Field(
         False, description="run Python code that the model's repository brings along"
@@ -185,7 +187,9 @@ class EvaluateConfig(Section):
     """Measuring on the held-out documents; it happens before step 1 and at the end in any case."""
 
     eval_steps: int = Field(100, ge=0, description="steps between evaluations; 0: none in between")
-    eval_batch_size: int = Field(1, gt=0, description="blocks in a forward pass; never changes results")
+    eval_batch_size: int = Field(
+        1, gt=0, description="blocks in a forward pass; never changes results"
+    )
     num_samples: int = Field(3, ge=0, description="completions of held-out prefixes at the end")
     sample_tokens: int = Field(64, gt=0, description="length of such a completion")
 
@@ -244,9 +248,11 @@ ALIASES = {"base_model": "model_name"}
 # Keys that may differ between the parts of one run: they change what is reported and when it ends,
 # not what a step computes from its weights and its number.
 MAY_CHANGE = frozenset(
-    "experiment_name output_dir resume cache_dir max_steps num_epochs eval_steps eval_batch_size "
-    "num_samples sample_tokens save_steps keep_checkpoints log_steps wandb wandb_project "
-    "tensorboard".split()
+    {
+        *("experiment_name", "output_dir", "resume", "cache_dir", "max_steps", "num_epochs"),
+        *("eval_steps", "eval_batch_size", "num_samples", "sample_tokens"),
+        *("save_steps", "keep_checkpoints", "log_steps", "wandb", "wandb_project", "tensorboard"),
+    }
 )
 
 WANDB_KEYS = ("wandb_project",)
@@ -257,7 +263,8 @@ def iterate_keys() -> Iterator[Key]:
     """Yields every key of every section, in the order of the sections."""
     for section, section_field in Config.model_fields.items():
         section_model = section_field.annotation
-        assert isinstance(section_model, type) and issubclass(section_model, Section)
+        assert isinstance(section_model, type)
+        assert issubclass(section_model, Section)
         for name, field in section_model.model_fields.items():
             yield Key(section, name, field)
 
@@ -270,7 +277,8 @@ def load_config(file: Path | None, flags: Mapping[str, str]) -> LoadedConfig:
 
     Args:
         file: A `.toml`, `.yaml` or `.yml` file; none to start from the defaults.
-        flags: Values as typed on the command line, by key; an unknown name is reported like a wrong value.
+        flags: Values as typed on the command line, by key; an unknown name is reported like a wrong
+            value.
 
     Raises:
         ConfigError: With every problem found, by the place it stands in.
@@ -281,7 +289,9 @@ def load_config(file: Path | None, flags: Mapping[str, str]) -> LoadedConfig:
     for origin, key, value in [*_read_file(file, problems), *_read_flags(flags, problems)]:
         values[key], origins[key] = value, origin
 
-    while True:  # once more without the wrong values, so that contradictions show in the same message
+    while (
+        True
+    ):  # once more without the wrong values, so that contradictions show in the same message
         sections: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
             sections.setdefault(KEYS[key].section, {})[key] = value
@@ -344,8 +354,28 @@ _YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+012
 def _read_file(
     file: Path | None, problems: list[tuple[str, str, str]]
 ) -> Iterator[tuple[str, str, Any]]:
-    if file is None:
-        return
+    seen: set[str] = set()
+    for written, value in _iterate_entries(file) if file else ():
+        key = ALIASES.get(written, written)
+        if key in seen:
+            problems.append((str(file), key, "given twice"))
+        elif key not in KEYS:
+            problems.append((str(file), key, f"unknown key{_nearest(key)}"))
+        elif value is None:
+            problems.append((str(file), key, "has no value; leave the line out"))
+        else:
+            yield str(file), key, value
+        seen.add(key)
+
+
+def _iterate_entries(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yields what stands under any section's heading, and what stands under none."""
+    for heading, content in _parse(file).items():
+        is_section = heading in Config.model_fields and isinstance(content, dict | None)
+        yield from ((content or {}) if is_section else {heading: content}).items()
+
+
+def _parse(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".toml":
@@ -360,26 +390,7 @@ def _read_file(
         raise ConfigError(f"{file}: not valid {file.suffix[1:].upper()}: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: holds no keys; it must hold lines such as max_steps = 500")
-
-    seen: set[str] = set()
-    for heading, value in content.items():
-        if heading in Config.model_fields and isinstance(value, dict):
-            entries = value
-        elif heading in Config.model_fields and value is None:  # an empty YAML section
-            entries = {}
-        else:
-            entries = {heading: value}
-        for written, entry in entries.items():
-            key = ALIASES.get(str(written), str(written))
-            if key in seen:
-                problems.append((str(file), key, "given twice"))
-            elif key not in KEYS:
-                problems.append((str(file), key, f"unknown key{_nearest(key)}"))
-            elif entry is None:
-                problems.append((str(file), key, "has no value; leave the line out"))
-            else:
-                yield str(file), key, entry
-            seen.add(key)
+    return {str(key): value for key, value in content.items()}
 
 
 def _read_flags(
@@ -413,7 +424,8 @@ def _find_contradictions(
     if model.model_config_file and model.training_method != "full":
         yield (
             ("training_method", "model_config_file"),
-            f"{model.training_method} adapts a base, but model_config_file starts from random weights; "
+            f"{model.training_method} adapts a base, but model_config_file starts from random "
+            "weights; "
             "use full, or give model_name instead",
         )
     if model.model_config_file and model.tokenizer_name is None:

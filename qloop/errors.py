@@ -1,7 +1,7 @@
 """The errors a user can cause or meet, each with the exit code that its command ends with.
 
-A message says where, what is wrong, the values, and what to do; the command line prints it without a
-traceback. Anything else that escapes is a crash: a traceback and exit code 1.
+A message says where, what is wrong, the values, and what to do; the command line prints it without
+a traceback. Anything else that escapes is a crash: a traceback and exit code 1.
 """
 
 
@@ -35,7 +35,7 @@ class DivergenceError(QloopError):
     exit_code = 76
 
 
-class Stopped(QloopError):
+class StoppedError(QloopError):
     """The run was asked to stop, saved itself, and can be continued by the same command."""
 
     exit_code = 75

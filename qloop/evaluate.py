@@ -49,8 +49,8 @@ def evaluate(
 ) -> Evaluation:
     """Measures the model on every held-out document, each rank on its share of the blocks.
 
-    Sums over targets are divided once, at the end, so that the batch size and the number of ranks change
-    nothing but the last digits.
+    Sums over targets are divided once, at the end, so that the batch size and the number of ranks
+    change nothing but the last digits.
 
     Args:
         model: In any mode; left as it was.

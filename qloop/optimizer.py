@@ -8,7 +8,7 @@ from qloop.config import OptimizerConfig
 
 
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Builds AdamW over the trained parameters: matrices decay; norms, biases and embeddings do not.
+    """Builds AdamW over what is trained: matrices decay; norms, biases and embeddings do not.
 
     The rate is 0 until `set_learning_rate`.
     """
@@ -30,8 +30,8 @@ def split_for_decay(
 ) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.nn.Parameter]]:
     """Splits the trained parameters, by name, into those that decay and those that do not.
 
-    Norms and biases are known by having fewer than two dimensions, embeddings by their module. A weight
-    shared by an embedding and the output layer is an embedding.
+    Norms and biases are known by having fewer than two dimensions, embeddings by their module. A
+    weight shared by an embedding and the output layer is an embedding.
     """
     embeddings = {
         id(parameter)
@@ -54,7 +54,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def measure_grad_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    """Gives the L2 norm over all gradients, and changes none of them; NaN or inf if any value is."""
+    """Gives the L2 norm over all gradients, changing none; NaN or inf if any value is."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return torch.nn.utils.get_total_norm(gradients)
 

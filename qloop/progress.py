@@ -21,5 +21,5 @@ class Progress:
         self.tokens_seen += target_tokens
 
     def is_due(self, every_steps: int, last_step: int) -> bool:
-        """Whether something that happens every so many steps (0: never) and at the end happens now."""
+        """Whether what happens every so many steps (0: never) and at the end happens now."""
         return self.step == last_step or (every_steps > 0 and self.step % every_steps == 0)

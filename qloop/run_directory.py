@@ -1,11 +1,11 @@
 """The folder of a run: its paths, and the check that it holds no other run.
 
-    output/<experiment_name, or the model's short name>/
-      config.yaml     the config that ran; `--config` takes it
-      checkpoints/    checkpoint-N, each complete
-      logs/           training_log.txt, metrics.jsonl, eval_results.json, data_report.json
-      results/        the final evaluation, samples, loss.png
-      status.json     state, step, reason
+output/<experiment_name, or the model's short name>/
+  config.yaml     the config that ran; `--config` takes it
+  checkpoints/    checkpoint-N, each complete
+  logs/           training_log.txt, metrics.jsonl, eval_results.json, data_report.json
+  results/        the final evaluation, samples, loss.png
+  status.json     state, step, reason
 """
 
 import json
@@ -42,10 +42,10 @@ class RunDirectory:
         if self.config.exists():
             changes = find_changes(load_config(self.config, {}).config, config)
             if changes:
+                shown = "\n  ".join(changes)
                 raise ConfigError(
-                    f"{self.path}: holds another run, with other settings:\n  "
-                    + "\n  ".join(changes)
-                    + "\ngive another --experiment_name to start a new run, or its settings to go on"
+                    f"{self.path}: holds another run, with other settings:\n  {shown}\n"
+                    "give another --experiment_name to start a new run, or its settings to go on"
                 )
             if config.run.resume == "never":
                 raise ConfigError(
@@ -72,7 +72,7 @@ class RunDirectory:
             raise ConfigError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def write_status(self, state: str, step: int, reason: str = "") -> None:
-        """Says in status.json how the run stands: running, finished, stopped, diverged or failed."""
+        """Says in status.json that the run is running, finished, stopped, diverged or failed."""
         write_atomically(
             self.status, json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
         )
@@ -96,7 +96,7 @@ def locate_run(config: Config) -> RunDirectory:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Replaces a file's content so that a reader, or a crash, sees the old or the new, never a part."""
+    """Replaces a file's content: a reader, or a crash, sees the old or the new, never a part."""
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)

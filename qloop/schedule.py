@@ -14,9 +14,10 @@ def learning_rate_at(
 ) -> float:
     """Gives the rate for the update that follows `step` completed ones.
 
-    The rise starts above 0, so that no step is wasted: `(step + 1) / (warmup_steps + 1)` of the peak. The
-    peak is reached at `step = warmup_steps`, the floor at `step = max_steps`, and it stays there. The
-    cosine is that of SGDR without restarts (Loshchilov and Hutter 2017, arXiv 1608.03983, eq. 5).
+    The rise starts above 0, so that no step is wasted: `(step + 1) / (warmup_steps + 1)` of the
+    peak. The peak is reached at `step = warmup_steps`, the floor at `step = max_steps`, and it
+    stays there. The cosine is that of SGDR without restarts (Loshchilov and Hutter 2017, arXiv
+    1608.03983, eq. 5).
 
     Args:
         step: Updates made so far, from 0.

@@ -1,4 +1,4 @@
-"""Random numbers that follow from (seed, step, micro-batch) alone, so that any step can be drawn again."""
+"""Random numbers that follow from (seed, step, micro-batch) alone: any step can be drawn again."""
 
 import hashlib
 import os
@@ -12,7 +12,8 @@ def seed_at(seed: int, step: int, micro_batch: int) -> int:
     Args:
         seed: The run's.
         step: Updates made so far.
-        micro_batch: Number of the micro-batch in the step, over all ranks: two ranks never share one.
+        micro_batch: Number of the micro-batch in the step, over all ranks: two ranks never share
+            one.
     """
     digest = hashlib.sha256(f"{seed} {step} {micro_batch}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # torch takes 63 bits

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM; a second SIGINT ends the process at once, as it would without us."""
+    """Notes SIGINT and SIGTERM; a second SIGINT ends the process at once."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator

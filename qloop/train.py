@@ -1,8 +1,8 @@
 """The loop: read this first.
 
-Every step is a pure function of its number: which blocks it reads, its learning rate and its random numbers
-follow from (config, step). So there is no loader, no scheduler and no random state here, and nothing to
-restore but tensors and three counters.
+Every step is a pure function of its number: which blocks it reads, its learning rate and its random
+numbers follow from (config, step). So there is no loader, no scheduler and no random state here,
+and nothing to restore but tensors and three counters.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from qloop.assembly import Assembly, assemble
 from qloop.config import Config
 from qloop.data.batches import block_ids_at, build_micro_batch, count_targets
-from qloop.errors import DivergenceError, Stopped
+from qloop.errors import DivergenceError, StoppedError
 from qloop.evaluate import evaluate, sample_completions
 from qloop.model.loss import next_token_loss
 from qloop.optimizer import clip_gradients, measure_grad_norm, set_learning_rate
@@ -33,14 +33,16 @@ def train(config: Config, notes: list[str]) -> None:
     Raises:
         QloopError: Something that the config names cannot be used.
         DivergenceError: A step's loss or gradient norm is not finite; its update was not made.
-        Stopped: A signal asked for it; the run is saved.
+        StoppedError: A signal asked for it; the run is saved.
     """
     parts = assemble(config, notes)
     try:
         run_steps(parts, StopRequest(parts.accelerator))
     except Exception as error:
-        states = {DivergenceError: "diverged", Stopped: "stopped"}
-        parts.report.write_status(states.get(type(error), "failed"), parts.progress.step, str(error))
+        states = {DivergenceError: "diverged", StoppedError: "stopped"}
+        parts.report.write_status(
+            states.get(type(error), "failed"), parts.progress.step, str(error)
+        )
         raise
     else:
         finish(parts)
@@ -68,8 +70,9 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
     while progress.step < parts.last_step:
         started = time.perf_counter()
 
-        # 1. Fetch the whole step first, so that its loss can be divided by its true number of targets.
-        # Micro-batch m of a rank is number m * num_ranks + rank of the step, on any number of ranks.
+        # 1. Fetch the whole step first, so that its loss can be divided by its true number of
+        # targets. Micro-batch m of a rank is number m * num_ranks + rank of the step, on any number
+        # of ranks.
         step_ids = block_ids_at(progress.step, step_blocks, len(parts.index), config.run.seed)
         rank_ids = step_ids.reshape(accumulation, num_ranks, -1)[:, rank]
         micro_batches = [build_micro_batch(parts.store, parts.index, ids) for ids in rank_ids]
@@ -78,7 +81,8 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
         fetched = time.perf_counter()
 
         # 2. Forward and backward. backward divides by the accumulation and ranks average their
-        # gradients; both are undone here, so that the gradient is that of the mean over all targets.
+        # gradients; both are undone here, so that the gradient is that of the mean over all
+        # targets.
         loss_sum = torch.zeros((), device=device)
         for number, micro_batch in enumerate(micro_batches):
             torch.manual_seed(seed_at(config.run.seed, progress.step, number * num_ranks + rank))
@@ -90,12 +94,14 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
         grad_norm = measure_grad_norm(trained)
         computed = time.perf_counter()
 
-        # 3. Refuse, clip, update: a bad step never reaches the weights. Clipping comes after the check,
-        # since it spreads one NaN over every gradient.
+        # 3. Refuse, clip, update: a bad step never reaches the weights. Clipping comes after the
+        # check, since it spreads one NaN over every gradient.
         if not (math.isfinite(loss) and math.isfinite(float(grad_norm))):
             raise DivergenceError(
-                f"step {progress.step + 1}: loss is {loss}, grad_norm {float(grad_norm)}; the weights "
-                f"are those after step {progress.step}; blocks {step_ids.tolist()}; lower learning_rate "
+                f"step {progress.step + 1}: loss is {loss}, grad_norm {float(grad_norm)}; the "
+                "weights "
+                f"are those after step {progress.step}; blocks {step_ids.tolist()}; lower "
+                "learning_rate "
                 "or raise warmup_steps, and look at these blocks"
             )
         clip_gradients(trained, config.optimizer.max_grad_norm, grad_norm)
@@ -133,8 +139,9 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
         if signal_name or progress.is_due(config.checkpoint.save_steps, parts.last_step):
             save(parts)
         if signal_name and progress.step < parts.last_step:
-            raise Stopped(
-                f"{signal_name}: stopped and saved after step {progress.step} of {parts.last_step}; "
+            raise StoppedError(
+                f"{signal_name}: stopped and saved after step {progress.step} of "
+                f"{parts.last_step}; "
                 "the same command goes on from there"
             )
 

@@ -1,4 +1,4 @@
-"""The one door to the disk for checkpoints: what is written is on the disk before it has its name."""
+"""The one door to the disk for checkpoints: a folder has its name when it is on the disk."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def publish(folder: Path, name: Path) -> None:
         for file in files:
             _sync(Path(parent, file))
         _sync(Path(parent))
-    os.rename(folder, name)
+    folder.rename(name)
     _sync(name.parent)
 
 
@@ -44,7 +44,7 @@ def remove(folder: Path) -> None:
     """Deletes a folder; it loses its name first, so that nobody ever sees a part of it."""
     trash = folder.with_name(f".trash-{folder.name}")
     shutil.rmtree(trash, ignore_errors=True)
-    os.rename(folder, trash)
+    folder.rename(trash)
     shutil.rmtree(trash)
 
 

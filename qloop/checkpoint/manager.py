@@ -1,4 +1,4 @@
-"""Saves step directories that are whole as soon as they have their name, and restores runs from them.
+"""Saves step directories that are whole as soon as they have their name; restores runs from them.
 
     checkpoint-100/
       model.safetensors, config.json       full: `from_pretrained` loads the folder as it is
@@ -74,7 +74,8 @@ class CheckpointManager:
         """Writes checkpoint-N beside its name, publishes it, and only then removes the oldest.
 
         Raises:
-            CheckpointError: The disk refused; nothing of it stays, and every older checkpoint is there.
+            CheckpointError: The disk refused; nothing of it stays, and every older checkpoint is
+                there.
         """
         path = self._folder / f"checkpoint-{progress.step}"
         weights = self._accelerator.get_state_dict(model)
@@ -100,7 +101,8 @@ class CheckpointManager:
             except OSError as error:
                 filesystem.remove_unfinished(self._folder)
                 raise CheckpointError(
-                    f"{path}: could not be saved: {error}; older checkpoints are untouched; make room "
+                    f"{path}: could not be saved: {error}; older checkpoints are untouched; "
+                    "make room "
                     "and type the same command again"
                 ) from error
             for old in self.list()[: -self._keep]:
@@ -120,7 +122,9 @@ class CheckpointManager:
         try:
             saved = filesystem.read_tensors(checkpoint.path / _OPTIMIZER)
         except Exception as error:  # safetensors has no common base for its errors
-            raise CheckpointError(f"{checkpoint.path / _OPTIMIZER}: not readable: {error}") from error
+            raise CheckpointError(
+                f"{checkpoint.path / _OPTIMIZER}: not readable: {error}"
+            ) from error
         trained = {name: p for name, p in plain.named_parameters() if p.requires_grad}
         moments: dict[str, dict[str, torch.Tensor]] = {name: {} for name in trained}
         for key, tensor in saved.items():
@@ -136,7 +140,8 @@ class CheckpointManager:
         empty = [name for name, found in moments.items() if not found]
         if empty:
             raise CheckpointError(
-                f"{checkpoint.path / _OPTIMIZER}: has no moments of {len(empty)} trained parameters, "
+                f"{checkpoint.path / _OPTIMIZER}: has no moments of {len(empty)} trained "
+                "parameters, "
                 f"the first {empty[0]}"
             )
         for name, parameter in trained.items():

@@ -1,7 +1,7 @@
 """Which blocks a step reads, and their tensors; a pure function of the step.
 
-There is no loader and no state: the blocks of any step of any run can be asked for, in any order, on any
-number of processes.
+There is no loader and no state: the blocks of any step of any run can be asked for, in any order,
+on any number of processes.
 
     >>> block_ids_at(0, step_blocks=4, num_blocks=6, seed=1).tolist()
     [0, 3, 5, 2]
@@ -41,8 +41,8 @@ class MicroBatch:
 def block_ids_at(step: int, step_blocks: int, num_blocks: int, seed: int) -> Integers:
     """Gives the blocks of a step, over all ranks, in their global order.
 
-    Every epoch is a permutation of all blocks, drawn from (seed, epoch). A step may span the end of one and
-    the start of the next.
+    Every epoch is a permutation of all blocks, drawn from (seed, epoch). A step may span the end of
+    one and the start of the next.
 
     Args:
         step: Updates made so far, from 0.
@@ -68,7 +68,8 @@ def _permutation(num_blocks: int, seed: int, epoch: int) -> Integers:
 def build_micro_batch(store: TokenStore, index: BlockIndex, block_ids: Integers) -> MicroBatch:
     """Gathers the slices of some blocks into tensors.
 
-    Padding has no label, and starts at position 0 like a document of its own, so that nothing attends to it.
+    Padding has no label, and starts at position 0 like a document of its own, so that nothing
+    attends to it.
     """
     shape = (len(block_ids), index.block_length)
     input_ids = np.full(shape, store.end_id, dtype=np.int64)

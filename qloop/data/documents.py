@@ -1,7 +1,7 @@
-"""Reads documents from folders of Q files, JSONL, Parquet or a hub dataset; strictly, and losing nothing.
+"""Reads documents from Q files, JSONL, Parquet or a hub dataset; strictly, and losing nothing.
 
-Whatever cannot be used comes out as a `Refusal` with its place and reason, in the order it was met; the
-rest of the corpus goes on. Text is used as it stands: no byte is corrected on the way.
+Whatever cannot be used comes out as a `Refusal` with its place and reason, in the order it was met;
+the rest of the corpus goes on. Text is used as it stands: no byte is corrected on the way.
 
     trades.jsonl:1   {"text": "select from trade"}   -> Document
     trades.jsonl:2   {"text": 5}                     -> Refusal wrong_type: "text" is int
@@ -50,7 +50,7 @@ class Refusal:
 
 
 def list_source_files(path: Path) -> list[Path]:
-    """Lists the files that a corpus path stands for, sorted, so that their order is the same everywhere.
+    """Lists the files that a corpus path stands for, sorted: their order is the same everywhere.
 
     Args:
         path: A file, or a folder, of which the `.q` and `.k` entries are taken at any depth.
@@ -79,7 +79,7 @@ def list_source_files(path: Path) -> list[Path]:
 
 
 def hash_files(files: list[Path]) -> str:
-    """Hashes the names (below their common folder) and the bytes of some files; a change of either shows."""
+    """Hashes the names (below their common folder) and the bytes of some files."""
     root = os.path.commonpath([file.parent for file in files])
     digest = hashlib.sha256()
     for file in files:

@@ -1,15 +1,15 @@
 """Packs documents into blocks: an index of (document, first, length) slices; numpy only.
 
-A document of n tokens has n-1 places from which a next token can be predicted: positions 0 to n-2. Packing
-deals out these positions, each exactly once, whatever the document's length. The label of position i is
-token i+1 of the *document*, so a cut between two slices costs nothing:
+A document of n tokens has n-1 places from which a next token can be predicted: positions 0 to n-2.
+Packing deals out these positions, each exactly once, whatever the document's length. The label of
+position i is token i+1 of the *document*, so a cut between two slices costs nothing:
 
     tokens    10 11 12 13 14 15 99      n = 7, with 99 the end of the document; 6 positions
     slice A   10 11 12 13               labels 11 12 13 14
     slice B               14 15         labels             15 99
 
-The last token is never an input, since nothing follows it: every position of every block is a target, or
-padding, or part of a prompt.
+The last token is never an input, since nothing follows it: every position of every block is a
+target, or padding, or part of a prompt.
 """
 
 from dataclasses import dataclass
@@ -43,12 +43,14 @@ class BlockIndex:
 def pack_best_fit(positions: Integers, block_length: int) -> BlockIndex:
     """Packs best-fit-decreasing: a document up to the block's length stays whole.
 
-    A longer one is cut into full blocks and a rest. The rests and the short documents go, longest first,
-    each into the block that has the least room left for it (Ding et al. 2024, arXiv 2404.10830).
+    A longer one is cut into full blocks and a rest. The rests and the short documents go, longest
+    first, each into the block that has the least room left for it (Ding et al. 2024, arXiv
+    2404.10830).
 
-    The work is done by lengths, not by documents: all pieces of one length are alike, and so are all blocks
-    with the same room. With room for 10 and 3 blocks of that kind, 7 pieces of length 4 go 2, 2 into the
-    first two... each step moves whole groups, so that ten million documents take seconds.
+    The work is done by lengths, not by documents: all pieces of one length are alike, and so are
+    all blocks with the same room. With room for 10 and 3 blocks of that kind, 7 pieces of length 4
+    go 2, 2 into the first two... each step moves whole groups, so that ten million documents take
+    seconds.
 
     Args:
         positions: Input positions of each document, n-1 for n tokens; at least 1 each. [documents]
@@ -110,11 +112,13 @@ def _place(
     for group, room_left in groups:
         if len(group) and room_left:
             rooms.setdefault(room_left, []).append(group)
-    return np.concatenate([np.repeat(blocks[:full], per_block), np.repeat(blocks[full:], rest)[:rest]])
+    return np.concatenate(
+        [np.repeat(blocks[:full], per_block), np.repeat(blocks[full:], rest)[:rest]]
+    )
 
 
 def pack_wrapped(positions: Integers, block_length: int) -> BlockIndex:
-    """Packs documents one after another, cutting wherever a block ends; only the last block is padded.
+    """Packs documents one after another, cutting where a block ends; only the last block is padded.
 
     Args:
         positions: Input positions of each document, n-1 for n tokens; at least 1 each. [documents]
@@ -123,8 +127,8 @@ def pack_wrapped(positions: Integers, block_length: int) -> BlockIndex:
     ends = np.cumsum(positions)
     total = int(ends[-1])
     begins = ends - positions
-    # A slice starts where a document starts and where a block starts: with documents of 3 and 4 positions
-    # and blocks of 5, at 0, 3 and 5.
+    # A slice starts where a document starts and where a block starts: with documents of 3 and 4
+    # positions and blocks of 5, at 0, 3 and 5.
     block_begins = np.arange(0, total, block_length, dtype=np.int64)
     slice_begins = np.union1d(begins, block_begins)
     document = np.searchsorted(ends, slice_begins, side="right")
@@ -138,10 +142,12 @@ def pack_wrapped(positions: Integers, block_length: int) -> BlockIndex:
 
 
 def _cut(positions: Integers, block_length: int) -> tuple[Integers, Integers, Integers]:
-    """Cuts documents into pieces of at most a block; returns document, first, length of each piece."""
+    """Cuts documents into pieces of at most a block: document, first and length of each."""
     pieces = -(-positions // block_length)
     document = np.repeat(np.arange(len(positions), dtype=np.int64), pieces)
     # Number of the piece in its document: for 2 and 3 pieces, 0 1 0 1 2.
-    number = np.arange(len(document), dtype=np.int64) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    number = np.arange(len(document), dtype=np.int64) - np.repeat(
+        np.cumsum(pieces) - pieces, pieces
+    )
     first = number * block_length
     return document, first, np.minimum(positions[document] - first, block_length)

@@ -26,7 +26,9 @@ def _find_data_dir_sources(data: DataConfig) -> tuple[Source, Source | None]:
     train = data.data_dir / f"{data.data_type}_train.jsonl"
     test = data.data_dir / f"{data.data_type}_test.jsonl"
     if not train.exists():
-        found = sorted(file.name[: -len("_train.jsonl")] for file in data.data_dir.glob("*_train.jsonl"))
+        found = sorted(
+            file.name[: -len("_train.jsonl")] for file in data.data_dir.glob("*_train.jsonl")
+        )
         has = f"it has {join_names(found, 'and')}" if found else "it has no *_train.jsonl at all"
         raise DataError(
             f"data_type: {train} does not exist; {has}. Put the corpus there, or give --train_file"
@@ -39,9 +41,7 @@ def _find_data_dir_sources(data: DataConfig) -> tuple[Source, Source | None]:
 
 def _file_source(path: Path, text_field: str) -> Source:
     files = list_source_files(path)
-    return Source(
-        lambda: iterate_documents(files, text_field), f"{text_field} {hash_files(files)}"
-    )
+    return Source(lambda: iterate_documents(files, text_field), f"{text_field} {hash_files(files)}")
 
 
 def _find_hub_sources(name: str, data: DataConfig) -> tuple[Source, Source | None]:

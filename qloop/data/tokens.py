@@ -1,19 +1,19 @@
 """The token store: documents tokenised once, flat, memory-mapped, found again by their content.
 
-    tokens.bin         every document's tokens, one after another (uint16, or uint32 for large vocabularies)
-    offsets.npy        document d is tokens[offsets[d] : offsets[d + 1]]; it ends with the end token
-    first_targets.npy  index in document d of the first token that is learned: 1, or the completion's first
-    target_bytes.npy   UTF-8 bytes of the text that document d's targets spell
-    places.jsonl       where document d came from, and its SHA-256
+    tokens.bin         every document's tokens, one after another (uint16, or uint32 for large
+    vocabularies) offsets.npy        document d is tokens[offsets[d] : offsets[d + 1]]; it ends with
+    the end token first_targets.npy  index in document d of the first token that is learned: 1, or
+    the completion's first target_bytes.npy   UTF-8 bytes of the text that document d's targets
+    spell places.jsonl       where document d came from, and its SHA-256
 
-A corpus is two such stores, `train` and `held_out`, and `report.json`, in a folder named by the hash of all
-that decides its content: the sources' bytes, the tokenizer, the settings. An edited file is another corpus;
-an unchanged one is opened at once. The folder appears by rename, when it is whole.
+A corpus is two such stores, `train` and `held_out`, and `report.json`, in a folder named by the
+hash of all that decides its content: the sources' bytes, the tokenizer, the settings. An edited
+file is another corpus; an unchanged one is opened at once. The folder appears by rename, when it is
+whole.
 """
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections import Counter
@@ -71,7 +71,7 @@ class TokenStore:
 
     @property
     def positions(self) -> Integers:
-        """Input positions of each document: its tokens but the last. [documents]"""
+        """Input positions of each document, its tokens but the last: shape [documents]."""
         return np.diff(self.offsets) - 1
 
     @property
@@ -157,7 +157,7 @@ def load_corpus(
             report = _build(sides, encoder, building, train_on_prompt, deduplicate, holds_out)
             (building / "report.json").write_text(json.dumps(report), encoding="utf-8")
             if not folder.is_dir():  # else another process built the same in the meantime
-                os.rename(building, folder)
+                building.rename(folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -173,8 +173,8 @@ def load_corpus(
 def is_held_out(content_hash: bytes, share: float) -> bool:
     """Whether a document belongs to the held-out share: by its content alone.
 
-    The first 8 bytes of the hash, read as a number in [0, 1), lie below the share. So a document keeps its
-    side whatever else is in the corpus, and equal documents are always on the same side.
+    The first 8 bytes of the hash, read as a number in [0, 1), lie below the share. So a document
+    keeps its side whatever else is in the corpus, and equal documents are always on the same side.
     """
     return int.from_bytes(content_hash[:8], "big") < share * 2**64
 
@@ -183,7 +183,7 @@ _Side = tuple[str, Document | Refusal]
 
 
 def _split(train: Source, held_out: Source | None, share: float) -> Iterator[_Side]:
-    """Yields each thing read with the side it belongs to; the held-out file first, to know its texts."""
+    """Yields each thing read with its side; the held-out file first, to know its texts."""
     if held_out:
         for item in held_out.documents():
             yield "held_out", item

@@ -1,9 +1,10 @@
-"""Trains the embedded tokenizer on the embedded corpus, without the documents that the demo holds out.
+"""Trains the embedded tokenizer on the embedded corpus, without what the demo holds out.
 
     python -m qloop.demo.build_tokenizer
 
-Byte-level BPE as in GPT-2 and Qwen2.5 (Sennrich et al. 2016, arXiv 1508.07909), up to 8,192 entries, with
-the special tokens of Qwen2.5 that continued pretraining meets. The same corpus gives the same files.
+Byte-level BPE as in GPT-2 and Qwen2.5 (Sennrich et al. 2016, arXiv 1508.07909), up to 8,192
+entries, with the special tokens of Qwen2.5 that continued pretraining meets. The same corpus gives
+the same files.
 """
 
 from pathlib import Path
@@ -26,9 +27,11 @@ SPECIAL_TOKENS = [
     "<|repo_name|>",
     "<|file_sep|>",
 ]
-# Words with their leading blank, single digits, runs of operators, line ends. Backticks and dots stay with
-# the name they begin, as in `sym and .z.p, since that is what they mean in Q.
-PIECES = r"""[ ]?[`.]?[A-Za-z][A-Za-z0-9_]*|[0-9]|[ ]?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+# Words with their leading blank, single digits, runs of operators, line ends. Backticks and dots
+# stay with the name they begin, as in `sym and .z.p, since that is what they mean in Q.
+PIECES = (
+    r"""[ ]?[`.]?[A-Za-z][A-Za-z0-9_]*|[0-9]|[ ]?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
 
 FOLDER = Path(__file__).parent
 

@@ -1,9 +1,9 @@
 """Checks on the real model that documents packed into one row do not see each other.
 
-Packed rows are told apart by their `position_ids` alone: where they start anew, transformers builds a mask
-that ends there, with each model's own sliding window and scale, provided that no other mask and no cache is
-passed. Models that keep a state instead (linear attention, convolution), or that read no positions, leak; no
-error tells. So every run asks its model first.
+Packed rows are told apart by their `position_ids` alone: where they start anew, transformers builds
+a mask that ends there, with each model's own sliding window and scale, provided that no other mask
+and no cache is passed. Models that keep a state instead (linear attention, convolution), or that
+read no positions, leak; no error tells. So every run asks its model first.
 """
 
 from typing import NamedTuple
@@ -55,8 +55,8 @@ def measure_isolation(model: PreTrainedModel, vocabulary_size: int) -> Isolation
 def check_isolation(model: PreTrainedModel, vocabulary_size: int, precision: str) -> Isolation:
     """Refuses a model whose packed documents see each other.
 
-    Models that isolate measure 0 (swapped) and 1e-6 (alone) in fp32; those that leak, 5e-3 and more even with
-    random weights.
+    Models that isolate measure 0 (swapped) and 1e-6 (alone) in fp32; those that leak, 5e-3 and more
+    even with random weights.
 
     Raises:
         ConfigError: With the model's type and what was measured.
@@ -69,8 +69,10 @@ def check_isolation(model: PreTrainedModel, vocabulary_size: int, precision: str
     raise ConfigError(
         f"model_name: {model.config.model_type} lets packed documents see each other: with another "
         f"document in front, logits change by {measured.swapped:.1e} of their size (limit "
-        f"{limits.swapped:.0e}), with none by {measured.alone:.1e} (limit {limits.alone:.0e}); it keeps "
-        "a state over the row or reads no position_ids, and cannot be trained on packed blocks; choose a "
+        f"{limits.swapped:.0e}), with none by {measured.alone:.1e} (limit {limits.alone:.0e}); "
+        "it keeps "
+        "a state over the row or reads no position_ids, and cannot be trained on packed "
+        "blocks; choose a "
         "model with plain attention, or try --attention eager"
     )
 

@@ -1,7 +1,7 @@
 """Builds the tokenizer and the model of a run; the only place that knows full, LoRA and QLoRA.
 
-What is trained is fp32, always: at a learning rate of 1e-5 most updates of a bf16 weight round to nothing.
-What is frozen has the compute type (lora) or 4 bits (qlora).
+What is trained is fp32, always: at a learning rate of 1e-5 most updates of a bf16 weight round to
+nothing. What is frozen has the compute type (lora) or 4 bits (qlora).
 """
 
 import hashlib
@@ -14,8 +14,14 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from qloop.config import LoraConfig, ModelConfig
 from qloop.data.tokens import Encoder
@@ -27,8 +33,8 @@ ADAPTER_METHODS = ("lora", "qlora")
 def choose_precision(precision: str, device: torch.device) -> str:
     """Resolves `auto`: bf16 on a GPU that has it in hardware, else fp32.
 
-    A CPU always gets fp32, though some have bf16 too: elsewhere it is hundreds of times slower, and a run
-    should not depend on which of the two machines it met.
+    A CPU always gets fp32, though some have bf16 too: elsewhere it is hundreds of times slower, and
+    a run should not depend on which of the two machines it met.
 
     Returns:
         `bf16` or `fp32`.
@@ -42,8 +48,8 @@ def choose_precision(precision: str, device: torch.device) -> str:
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Loads the tokenizer, with every added token made special.
 
-    `split_special_tokens` keeps text that spells a special token as text, but only if the token is marked
-    special, and Qwen2.5 does not mark its `<|fim_prefix|>` and `<|file_sep|>`.
+    `split_special_tokens` keeps text that spells a special token as text, but only if the token is
+    marked special, and Qwen2.5 does not mark its `<|fim_prefix|>` and `<|file_sep|>`.
 
     Raises:
         ConfigError: There is none, or it has no end token.
@@ -115,7 +121,7 @@ def build_model(
     seed: int,
     checkpoint: Path | None = None,
 ) -> PreTrainedModel:
-    """Builds the model for its method, on the CPU except for a 4-bit base, which is made on the device.
+    """Builds the model for its method, on the CPU; only a 4-bit base is made on the device.
 
     Args:
         config: The base and the method.
@@ -123,11 +129,12 @@ def build_model(
         precision: `bf16` or `fp32`, the type of a frozen base and of computing.
         device: Where it will be trained.
         seed: Decides new weights: a model from random weights, new adapters.
-        checkpoint: A checkpoint's folder to take the trained weights from, instead of starting anew.
+        checkpoint: A checkpoint's folder to take the trained weights from, instead of starting
+            anew.
 
     Raises:
-        ConfigError: The base cannot be found, is no causal language model, or lacks weights; a named layer
-            does not exist.
+        ConfigError: The base cannot be found, is no causal language model, or lacks weights; a
+            named layer does not exist.
         CheckpointError: The checkpoint lacks weights.
     """
     torch.manual_seed(seed)
@@ -137,6 +144,7 @@ def build_model(
     else:
         base = _load_base(config, compute_type, device)
         base.requires_grad_(False)
+        _keep_trainable_on_cpu(base)
         model = _add_adapters(base, config, lora, checkpoint)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -167,9 +175,7 @@ def load_model_config(config: ModelConfig) -> PreTrainedConfig:
         raise ConfigError(_cannot_load(key, name, "model", error)) from error
 
 
-def check_sizes(
-    model_config: PreTrainedConfig, vocabulary_size: int, max_seq_length: int
-) -> None:
+def check_sizes(model_config: PreTrainedConfig, vocabulary_size: int, max_seq_length: int) -> None:
     """Checks that the model can read such token ids and such long blocks.
 
     Raises:
@@ -202,8 +208,8 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 def fingerprint_weights(model: torch.nn.Module) -> str:
     """Hashes names, types, shapes and a spread of up to 256 values of every frozen tensor.
 
-    It tells one base from another, or from a fine-tuned one, in milliseconds; it does not protect from
-    someone who changes single weights on purpose.
+    It tells one base from another, or from a fine-tuned one, in milliseconds; it does not protect
+    from someone who changes single weights on purpose.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -265,6 +271,17 @@ def _load_base(
             raise CheckpointError(f"{checkpoint}: {text}")
         raise ConfigError(f"model_name: {name}: {text}; is it a causal language model?")
     return model
+
+
+def _keep_trainable_on_cpu(model: PreTrainedModel) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights in the first forward pass without gradients.
+
+    It does so on CPUs that have AVX512-BF16, for good, and the repacked weights pass no gradient:
+    training after an evaluation would fail, or go on with gradients missing.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _add_adapters(

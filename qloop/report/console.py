@@ -1,6 +1,8 @@
 """What a person sees: a live line on a terminal, plain lines elsewhere, and training_log.txt."""
 
+import logging
 import time
+import warnings
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -80,6 +82,8 @@ def quieten_libraries() -> None:
     import datasets
     import transformers
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

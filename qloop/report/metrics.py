@@ -1,4 +1,4 @@
-"""Files that a program reads: one JSON line per step, the held-out results, and cutting both back."""
+"""Files that a program reads: one JSON line per step, and the held-out results."""
 
 import dataclasses
 import json
@@ -37,7 +37,9 @@ class MetricsFile:
 
     def __init__(self, file: Path, after_step: int) -> None:
         """Cuts the file back to a step, so that none appears twice, and goes on behind it."""
-        lines = [json.dumps(record) for record in read_records(file) if record["step"] <= after_step]
+        lines = [
+            json.dumps(record) for record in read_records(file) if record["step"] <= after_step
+        ]
         write_atomically(file, "".join(f"{line}\n" for line in lines))
         self._stream = file.open("a", encoding="utf-8")
 

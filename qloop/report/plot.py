@@ -24,7 +24,11 @@ def plot_losses(
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     steps = [record["step"] for record in records]
     axes.plot(
-        steps, [r["loss"] for r in records], color="#9db8d9", linewidth=1, label="training, each step"
+        steps,
+        [r["loss"] for r in records],
+        color="#9db8d9",
+        linewidth=1,
+        label="training, each step",
     )
     if evaluations:
         axes.plot(

@@ -50,7 +50,9 @@ class Reporter:
         if self.is_main:
             values = dataclasses.asdict(evaluation)
             self._evaluations.write(step, values)
-            self._trackers.write(step, {f"held_out/{name}": value for name, value in values.items()})
+            self._trackers.write(
+                step, {f"held_out/{name}": value for name, value in values.items()}
+            )
             self.say(
                 f"held out after step {step}: loss {evaluation.loss:.4f}, perplexity "
                 f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.4f} bits per byte, "

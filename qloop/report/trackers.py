@@ -15,7 +15,13 @@ class Trackers:
     """All trackers that the config turns on; one that fails is told of and left."""
 
     def __init__(
-        self, config: ReportConfig, logs: Path, name: str, settings: dict[str, Any], step: int, say: Say
+        self,
+        config: ReportConfig,
+        logs: Path,
+        name: str,
+        settings: dict[str, Any],
+        step: int,
+        say: Say,
     ) -> None:
         """Starts them.
 
