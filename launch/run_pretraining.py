@@ -3,8 +3,8 @@
     python launch/run_pretraining.py --model_name Qwen/Qwen2.5-7B-Instruct --data_type filtered \
         --training_method lora --max_steps 500
 
-It is `accelerate launch -m qloop train` with the number of processes filled in. For FSDP, DeepSpeed or
-several machines call `accelerate launch --config_file ...` yourself.
+It is `accelerate launch -m qloop train` with the number of processes filled in. For FSDP,
+DeepSpeed or several machines call `accelerate launch --config_file ...` yourself.
 """
 
 import os
@@ -19,7 +19,7 @@ def build_command(num_gpus: int, arguments: list[str]) -> list[str]:
     return [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--num_processes", str(num_processes), "--num_machines", "1"),
-        # Precision and compilation are qloop's own keys; these only keep the launcher from guessing.
+        # Precision and compilation are keys of qloop; this only keeps the launcher from guessing.
         *("--mixed_precision", "no", "--dynamo_backend", "no"),
         *(["--multi_gpu"] if num_processes > 1 else []),
         *(["--cpu"] if num_gpus == 0 else []),

@@ -60,7 +60,7 @@ def cli() -> None:
     "--config", "config_file", type=click.Path(path_type=Path), help="TOML or YAML file of keys"
 )
 @click.pass_context
-def train(ctx: click.Context, config_file: Path | None, **flags: str | None) -> None:
+def train(ctx: click.Context, /, config_file: Path | None, **flags: str | None) -> None:
     """Train a model; the same command again goes on where it stopped.
 
     Every key of a config file is a flag, and a flag replaces the file's value.

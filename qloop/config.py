@@ -406,7 +406,8 @@ def _read_flags(
             continue
         try:
             # Only the type: the limits are checked with all other keys.
-            adapter: TypeAdapter[Any] = TypeAdapter(field.annotation)
+            annotation: Any = field.annotation
+            adapter: TypeAdapter[Any] = TypeAdapter(annotation)
             yield COMMAND_LINE, key, adapter.validate_strings(text)
         except ValidationError as error:
             problems.append((COMMAND_LINE, key, _describe(error.errors()[0])))

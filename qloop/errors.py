@@ -6,9 +6,12 @@ a traceback. Anything else that escapes is a crash: a traceback and exit code 1.
 
 
 class QloopError(Exception):
-    """An end of the command that has a reason to tell; `exit_code` is the process's."""
+    """An end of the command that has a reason to tell."""
 
     exit_code = 1
+    """The process's."""
+    state = "failed"
+    """What status.json calls it."""
 
 
 class ConfigError(QloopError):
@@ -33,12 +36,14 @@ class DivergenceError(QloopError):
     """A step's loss or gradient norm is not finite; the weights are those of the step before."""
 
     exit_code = 76
+    state = "diverged"
 
 
 class StoppedError(QloopError):
     """The run was asked to stop, saved itself, and can be continued by the same command."""
 
     exit_code = 75
+    state = "stopped"
 
 
 def join_names(names: list[str], last: str = "or") -> str:

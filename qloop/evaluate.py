@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
@@ -64,10 +65,13 @@ def evaluate(
     was_training = plain.training
     plain.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    batches = torch.arange(len(index)).split(batch_size)
+    batches = [
+        np.arange(first, min(first + batch_size, len(index)))
+        for first in range(0, len(index), batch_size)
+    ]
     with torch.no_grad():
         for block_ids in batches[accelerator.process_index :: accelerator.num_processes]:
-            micro_batch = build_micro_batch(store, index, block_ids.numpy())
+            micro_batch = build_micro_batch(store, index, block_ids)
             targets = count_targets([micro_batch])
             loss_sum, correct = predict(plain, micro_batch.to(accelerator.device))
             sums += torch.stack([loss_sum, correct, torch.full_like(loss_sum, targets)])
@@ -102,7 +106,7 @@ def sample_completions(
     was_training = plain.training
     plain.eval()
     samples = []
-    for document in torch.linspace(0, len(store) - 1, num_samples).long().unique().tolist():
+    for document in np.unique(np.linspace(0, len(store) - 1, num_samples, dtype=np.int64)).tolist():
         ids = torch.from_numpy(
             store.tokens[store.offsets[document] : store.offsets[document + 1]].astype("int64")
         )

@@ -39,7 +39,8 @@ def split_for_decay(
         if isinstance(module, torch.nn.Embedding)
         for parameter in module.parameters(recurse=False)
     }
-    decayed, spared = {}, {}
+    decayed: dict[str, torch.nn.Parameter] = {}
+    spared: dict[str, torch.nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_spared = parameter.ndim < 2 or id(parameter) in embeddings

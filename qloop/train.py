@@ -38,11 +38,9 @@ def train(config: Config, notes: list[str]) -> None:
     parts = assemble(config, notes)
     try:
         run_steps(parts, StopRequest(parts.accelerator))
-    except Exception as error:
-        states = {DivergenceError: "diverged", StoppedError: "stopped"}
-        parts.report.write_status(
-            states.get(type(error), "failed"), parts.progress.step, str(error)
-        )
+    except BaseException as error:
+        state = getattr(error, "state", "failed")
+        parts.report.write_status(state, parts.progress.step, str(error) or repr(error))
         raise
     else:
         finish(parts)

@@ -166,7 +166,7 @@ def _document_of(row: Any, text_field: str, place: str) -> Document | Refusal:
     if not isinstance(row, dict):
         return Refusal(place, "not_an_object", f"a line must be an object, got {_kind(row)}")
     if text_field in row:
-        names = (text_field,)
+        names: tuple[str, ...] = (text_field,)
     elif "prompt" in row and "completion" in row:
         names = ("completion", "prompt")
     else:

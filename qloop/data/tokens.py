@@ -188,8 +188,10 @@ def _split(train: Source, held_out: Source | None, share: float) -> Iterator[_Si
         for item in held_out.documents():
             yield "held_out", item
     for item in train.documents():
-        by_share = not held_out and isinstance(item, Document)
-        yield "held_out" if by_share and is_held_out(item.content_hash, share) else "train", item
+        if held_out or isinstance(item, Refusal):
+            yield "train", item
+        else:
+            yield "held_out" if is_held_out(item.content_hash, share) else "train", item
 
 
 def _build(

@@ -81,4 +81,5 @@ def _logits(
     model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor
 ) -> torch.Tensor:
     output = model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    return output.logits.float()
+    logits: torch.Tensor = output.logits
+    return logits.float()

@@ -17,11 +17,11 @@
 
 .conn.hooks:(enlist`)!enlist(::);
 .conn.patience:1000;                  / ms allowed for one hopen
-.conn.floor:0D00:00:01;
-.conn.ceil:0D00:02:00;
+.conn.minWait:0D00:00:01;
+.conn.maxWait:0D00:02:00;
 
 .conn.add:{[n;a;hook]
-  `.conn.tab upsert (n;a;0Ni;0;.conn.floor;.z.p;0Np);
+  `.conn.tab upsert (n;a;0Ni;0;.conn.minWait;.z.p;0Np);
   .conn.hooks[n]:hook;
   .conn.try n;
  }
@@ -42,12 +42,12 @@
  }
 
 .conn.failed:{[n]
-  update tries:tries+1,due:.z.p+wait+.conn.jitter[],wait:.conn.ceil&2*wait
+  update tries:tries+1,due:.z.p+wait+.conn.jitter[],wait:.conn.maxWait&2*wait
     from `.conn.tab where name=n;
  }
 
 .conn.opened:{[n;w]
-  update h:w,tries:0,wait:.conn.floor,upSince:.z.p from `.conn.tab where name=n;
+  update h:w,tries:0,wait:.conn.minWait,upSince:.z.p from `.conn.tab where name=n;
   @[.conn.hooks n;w;{[n;e] -2 "hook of ",string[n]," failed: ",e;}[n]];
  }
 
@@ -76,7 +76,7 @@
 / the remote side works asynchronously but we wait for its message; several
 / servers can compute at the same time if all are asked before any is read
 .conn.ask:{[n;q]
-  f:{[q] neg[.z.w] @[{(0b;value x)};q;{(1b;x)}]};
+  f:{[q] r:@[{(0b;value x)};q;{(1b;x)}];neg[.z.w] r;};
   neg[.conn.need n](f;q);
  }
 

@@ -18,7 +18,7 @@ tbl:"TQ"!`trade`quote
 / T|ABC|101.25|300|B|XA|7    kind, sym, price, size, side, venue, sequence
 / Q|ABC|101.2|101.3|5|9|XA|8 kind, sym, bid, ask, sizes, venue, sequence
 take:{[k;lines]
-  c:(fmt k;"|")0:2_'lines;
+  c:(fmt k;"|")0: 2_'lines;
   s:last c;
   if[(1+seen k)<first s;
     -2 "gap in ",k,": expected ",string[1+seen k]," got ",string first s];

@@ -5,8 +5,8 @@
 /   h(`.gw.fetch;`trade;`ABC`DEF;2024.01.02;2024.01.09)      sync
 /   neg[h](`.gw.post;`onData;`trade;`ABC;.z.d;.z.d)          async
 /
-/ Nothing in here blocks. A sync client is parked with -30! and gets its
-/ answer when the last server has replied.
+/ No request blocks the process. A sync client is parked with -30! and gets
+/ its answer when the last server has replied.
 / ====================================================================
 
 .gw.servers:([name:`symbol$()]addr:`symbol$();kind:`symbol$();h:`int$();busy:`long$());
