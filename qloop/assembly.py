@@ -81,12 +81,13 @@ def assemble(config: Config, notes: list[str]) -> Assembly:
     )
     checkpoint = choose_checkpoint(config, run, checkpoints)
 
+    sources = find_sources(config.data)
     tokenizer = load_tokenizer(config.model)
     encoder = build_encoder(tokenizer)
     check_sizes(load_model_config(config.model), len(tokenizer), config.data.max_seq_length)
     with accelerator.main_process_first():
         corpus = load_corpus(
-            *find_sources(config.data),
+            *sources,
             encoder,
             config.data.cache_dir or config.run.output_dir / ".cache",
             config.data.held_out_share,

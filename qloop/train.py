@@ -186,4 +186,6 @@ def finish(parts: Assembly) -> None:
         )
     parts.report.write_results(samples)
     parts.report.write_status("finished", parts.progress.step)
-    parts.report.say_farewell(parts.progress.step, parts.checkpoints.newest())
+    checkpoint = parts.checkpoints.newest()
+    assert checkpoint is not None, "the last step is always saved"
+    parts.report.say_farewell(parts.progress.step, checkpoint)

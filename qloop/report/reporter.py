@@ -23,6 +23,7 @@ class Reporter:
         if not is_main:
             return
         self._run = run
+        self._training_method = config.model.training_method
         self._console = Console(run.training_log, config.report.log_steps, last_step)
         self._metrics = MetricsFile(run.metrics, step)
         self._evaluations = EvalResultsFile(run.eval_results, step)
@@ -76,7 +77,7 @@ class Reporter:
             folder / "loss.png",
         )
 
-    def say_farewell(self, step: int, checkpoint: Path | None) -> None:
+    def say_farewell(self, step: int, checkpoint: Path) -> None:
         """Says how it went, where everything is, and what to type next."""
         if not self.is_main:
             return
@@ -88,15 +89,20 @@ class Reporter:
                 f"{first['bits_per_byte']:.4f} -> {last['bits_per_byte']:.4f}"
             )
         lines += [
-            f"  model      {checkpoint}",
-            f"  results    {self._run.results}: evaluation.json, samples.md, loss.png",
-            f"  logs       {self._run.logs}: training_log.txt, metrics.jsonl, eval_results.json, "
-            "data_report.json",
+            f"  model    {checkpoint}",
+            f"  results  {self._run.results}  (evaluation.json, samples.md, loss.png)",
+            f"  logs     {self._run.logs}  (training_log.txt, metrics.jsonl, eval_results.json, "
+            "data_report.json)",
             "next:",
-            f"  go on      qloop train --config {self._run.config} --max_steps {2 * step}",
-            f"  adapt it   qloop train --model_name {checkpoint} --training_method lora "
-            "--train_file FOLDER --experiment_name NAME",
+            f"  train on   qloop train --config {self._run.config} --max_steps {2 * step}",
         ]
+        if self._training_method == "full":
+            lines.append(
+                f"  adapt it   qloop train --model_name {checkpoint} --training_method lora"
+            )
+            lines.append(f"  load it    AutoModelForCausalLM.from_pretrained('{checkpoint}')")
+        else:
+            lines.append(f"  load it    PeftModel.from_pretrained(base, '{checkpoint}')")
         self.say("\n".join(lines))
 
     def write_status(self, state: str, step: int, reason: str = "") -> None:

@@ -30,7 +30,7 @@
   if[count extra;'"unknown setting: ",", "sv string extra];
   k:key over;
   new:.cfg.coerce'[base k;value over];
-  bad:k where{(0h>type x)and null x}each new;
+  bad:k where{$[0h>type x;null x;0b]}each new;
   if[count bad;'"cannot read setting: ",", "sv string bad];
   base,k!new}
 

@@ -3,6 +3,9 @@
 
 // ---------------------------------------------------------------- json
 
+// json null arrives as 0n, which must not turn into a symbol with that text
+tosym:{[v] $[0h<=type v;.z.s each v;null v;`;`$string v]}
+
 // After .j.k every number is a float and every date is a string. cast takes a
 // lower case type char and an atom, a vector or a mixed list and repairs it.
 // "*" means leave alone.
@@ -10,7 +13,7 @@ cast:{[c;v]
   $[c="*";v;
     0h=type v;.z.s[c]each v;
     10h=abs type v;upper[c]$v,();
-    c="s";`$string v;
+    c="s";tosym v;
     c$v]}
 
 // epoch milliseconds, as most javascript clients send them, to timestamp
@@ -55,9 +58,9 @@ infer:{[s]
   s:s where 0<count each s;
   if[0=count s;:"*"];
   if[all lower[s]in("true";"false");:"B"];
+  if[isnum["J";s];:"J"];
   hit:where all each s like/:value pats;
   if[count hit;:key[pats]first hit];
-  if[isnum["J";s];:"J"];
   if[isnum["F";s];:"F"];
   $[0.5>count[distinct s]%count s;"S";"*"]}
 

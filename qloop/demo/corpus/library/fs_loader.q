@@ -15,7 +15,7 @@
 / all files below p, depth first
 .fs.walk:{[p] $[.fs.isdir p;raze .z.s each .fs.ls p;enlist p]}
 
-.fs.base:{[p] last"/"vs string p}
+.fs.base:{[p] last"/"vs 1_string p}
 .fs.ext:{[p]
   i:where"."=n:.fs.base p;
   $[count i;(1+last i)_n;""]}
@@ -27,7 +27,7 @@
 .fs.copy:{[src;dst] dst 1:read1 src}
 .fs.append:{[p;ls] h:hopen p;neg[h] ls;hclose h;}
 
-/ the handle is read in blocks so that a large log need not fit in memory
+/ first and last lines of a log; only one block of it is read
 .fs.head:{[p;n] n sublist read0(p;0;65536&hcount p)}
 .fs.tail:{[p;n] s:hcount p;neg[n]sublist read0(p;s-k;k:65536&s)}
 

@@ -27,7 +27,7 @@
   (`$.web.decode each first each kv)!.web.decode each{"="sv 1_x}each kv}
 
 / .z.ph hands over the text after the slash: path, question mark, arguments
-.web.parse:{[req]
+.web.split:{[req]
   i:req?"?";
   (`$.web.decode i#req;.web.args(1+i)_req)}
 
@@ -35,7 +35,7 @@
   $[k in key a;default^"J"$a k;default]}
 
 .web.target:{[a]
-  nm:`$$[`name in key a;a`name;""];
+  nm:$[`name in key a;`$a`name;`];
   if[not nm in tables`.;'"unknown table: ",string nm];
   nm}
 
@@ -70,7 +70,7 @@
     .h.htc[`li;l,": ",string[count get nm]," rows"]};
   .web.page["Tables";.h.htc[`ul;raze f each tables`.]]}
 
-.web.show:{[a]
+.web.listing:{[a]
   nm:.web.target a;
   n:1|.web.num[a;`n;.web.pagesize]&.web.maxrows;
   p:0|.web.num[a;`p;0];
@@ -84,7 +84,7 @@
 .web.asjson:{[a] .h.hy[`json;.j.j .web.rows a]}
 
 .web.on[`;.web.index]
-.web.on[`table;.web.show]
+.web.on[`table;.web.listing]
 .web.on[`csv;.web.ascsv]
 .web.on[`json;.web.asjson]
 
@@ -92,7 +92,7 @@
 
 .web.fail:{[e] .h.hn["400 Bad Request";`txt;"error: ",e]}
 .web.serve:{[req]
-  r:.web.parse req;
+  r:.web.split req;
   if[not r[0]in key .web.routes;:.h.hn["404 Not Found";`txt;"no such page"]];
   @[.web.routes r 0;r 1;.web.fail]}
 

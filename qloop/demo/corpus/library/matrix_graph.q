@@ -24,7 +24,7 @@ det:{[m]
 
 // inv returns nulls or noise for a singular matrix, so ask first
 inverse:{[m]
-  if[not(=). shape m;'"not square"];
+  if[not count[m]=count first m;'"not square"];
   if[1e-12>abs det m;'"singular"];
   inv`float$m}
 

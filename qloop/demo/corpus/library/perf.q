@@ -46,8 +46,8 @@ ts:{[n;ex] `ms`bytes!system"ts:",string[n]," ",ex}
 // compare several ways to say the same, fastest first
 // cmp[1000;("sum til 1000";"(+/)til 1000")]
 cmp:{[n;exs]
-  r:ts[n]each exs;
-  `ms xasc update rel:ms%1|min ms from([]ex:exs),'r}
+  r:([]ex:exs),'ts[n]each exs;
+  `ms xasc update rel:ms%1|min ms from r}
 
 // do all of them give the same answer?
 agree:{[exs] 1=count distinct value each exs}

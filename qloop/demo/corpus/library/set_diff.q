@@ -75,9 +75,10 @@ safepatch:{[t;k;d]
 cells:{[k;d]
   k:(),k;
   f:{[k;d;c]
-    i:where not d[`was;c]~'d[`now;c];
-    t:(k#d`now)i;
-    t,'([]fld:count[i]#c;old:.Q.s1 each d[`was;c]i;new:.Q.s1 each d[`now;c]i)};
+    j:where not d[`was;c]~'d[`now;c];
+    old:.Q.s1 each d[`was;c]j;
+    new:.Q.s1 each d[`now;c]j;
+    flip flip[(k#d`now)j],`fld`old`new!(count[j]#c;old;new)};
   raze f[k;d]each cols[d`now]except k}
 
 \d .

@@ -28,7 +28,8 @@
 / @desc Excess kurtosis, 0 for a normal sample.
 .stat.kurt:{[x]
   d:x-avg x;
-  -3+(avg d xexp 4)%(avg d*d)xexp 2}
+  v:d*d;
+  ((avg v*v)%avg[v]*avg v)-3}
 
 / @desc Median absolute deviation.
 .stat.mad:{[x] med abs x-med x}

@@ -37,7 +37,7 @@ raises:{[f;args;pat]
 
 run1:{[t]
   t0:.z.p;
-  e:@[{x[];""};t`fn;{x}];
+  e:@[{x@(::);""};t`fn;{x}];
   ms:1e-6*`long$.z.p-t0;
   st:$[""~e;`pass;`fail];
   `.tk.results upsert`suite`name`status`msg`ms!(t`suite;t`name;st;e;ms);}

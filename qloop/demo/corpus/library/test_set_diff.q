@@ -32,7 +32,7 @@ v2:([]id:2 3 4;sym:`bb`cc`dd;px:20 31 40f)
   }]
 
 .tk.it[`partition;{[]
-  .tk.eq[.set.partition[{x>2};1 2 3 4];(1 2;3 4)1 0];
+  .tk.eq[.set.partition[{x>2};1 2 3 4];(3 4;1 2)];
   .tk.eq[.set.partition[{x>9};1 2];(0#0;1 2)];
   }]
 

@@ -5,19 +5,19 @@ system each"l ",/:("test_kit.q";"stats.q");
 EPS:1e-9
 .tk.describe`stats
 
-.tk.it[`quantile_odd_sample;{
+.tk.it[`quantile_odd_sample;{[]
   x:5 1 4 2 3f;
   .tk.near[.stat.quantile[x;0.5];3f;EPS];
   .tk.near[.stat.quantile[x;0.25];2f;EPS];
   .tk.near[.stat.quantile[x]each 0 1f;1 5f;EPS];
   }]
 
-.tk.it[`quantile_between_points;{
+.tk.it[`quantile_between_points;{[]
   .tk.near[.stat.quantile[1 2 3 4f;0.5];2.5;EPS];
   .tk.near[.stat.quantile[enlist 7f;0.3];7f;EPS];
   }]
 
-.tk.it[`weighted_quantile;{
+.tk.it[`weighted_quantile;{[]
   x:10 20 30 40f;
   .tk.eq[.stat.wquantile[1 1 1 1;x;0.5];20f];
   // all the weight on one value
@@ -26,7 +26,7 @@ EPS:1e-9
   .tk.eq[.stat.wquantile[1 2 3;3 2 1f;0.5];.stat.wquantile[3 2 1;1 2 3f;0.5]];
   }]
 
-.tk.it[`moments;{
+.tk.it[`moments;{[]
   .tk.near[.stat.skew 1 2 3 4 5f;0f;EPS];
   .tk.yes 0<.stat.skew 1 1 1 1 10f;
   .tk.yes 0>.stat.skew 1 10 10 10 10f;
@@ -37,7 +37,7 @@ EPS:1e-9
   .tk.near[(avg z;dev z);0 1f;EPS];
   }]
 
-.tk.it[`histogram;{
+.tk.it[`histogram;{[]
   h:.stat.histogram["f"$til 10;5];
   .tk.eq[cols h;`lo`hi`cnt];
   .tk.eq[h`cnt;2 2 2 2 2];
@@ -45,20 +45,20 @@ EPS:1e-9
   .tk.near[1_h`lo;-1_h`hi;EPS];
   }]
 
-.tk.it[`winsorise;{
+.tk.it[`winsorise;{[]
   w:.stat.winsorise[0 1 2 3 4 5 6 7 8 9 100f;0.1];
   .tk.near[(min w;max w);1 9f;EPS];
   .tk.eq[count w;11];
   }]
 
-.tk.it[`autocorrelation;{
+.tk.it[`autocorrelation;{[]
   x:40#1 -1f;
   .tk.near[.stat.acf[x;0];1f;EPS];
   .tk.yes -0.9>.stat.acf[x;1];
   .tk.yes 0.9<.stat.acf[x;2];
   }]
 
-.tk.it[`moving_regression;{
+.tk.it[`moving_regression;{[]
   x:1 2 4 7 11 16f;
   r:.stat.mreg[3;x;1+2*x];
   .tk.eq[count r;count x];
@@ -68,7 +68,7 @@ EPS:1e-9
   .tk.near[1_r`intercept;5#1f;1e-6];
   }]
 
-.tk.it[`describe_skips_nulls;{
+.tk.it[`describe_skips_nulls;{[]
   d:.stat.describe 1 2 0n 3 4 5f;
   .tk.eq[d`n;5];
   .tk.near[d`min`q1`med`q3`max;1 2 3 4 5f;EPS];
@@ -76,7 +76,7 @@ EPS:1e-9
 
 .tk.describe`random
 
-.tk.it[`permutations;{
+.tk.it[`permutations;{[]
   .rnd.seed 42;
   .tk.eq[asc .rnd.shuffle til 50;asc til 50];
   s:.rnd.sample[10;til 100];
@@ -84,13 +84,13 @@ EPS:1e-9
   .tk.yes s in til 100;
   }]
 
-.tk.it[`choice_respects_weights;{
+.tk.it[`choice_respects_weights;{[]
   .tk.eq[.rnd.choice[20;`a`b;1 0f];20#`a];
   c:count each group .rnd.choice[10000;`a`b;3 1f];
   .tk.near[c[`a]%10000;0.75;0.03];
   }]
 
-.tk.it[`normal_numbers;{
+.tk.it[`normal_numbers;{[]
   .rnd.seed 7;
   x:.rnd.normal 20001;
   .tk.eq[count x;20001];
@@ -98,7 +98,7 @@ EPS:1e-9
   .tk.near[dev x;1f;0.05];
   }]
 
-.tk.it[`same_seed_same_numbers;{
+.tk.it[`same_seed_same_numbers;{[]
   .rnd.seed 11;a:.rnd.normal 5;
   .rnd.seed 11;b:.rnd.normal 5;
   .tk.eq[a;b];

@@ -11,7 +11,7 @@
 .bar.live:([bucket:`timestamp$();sym:`symbol$()]open:`float$();high:`float$();
   low:`float$();close:`float$();vol:`long$();notional:`float$();n:`long$())
 .bar.late:([]time:`timestamp$();sym:`symbol$();price:`float$();size:`long$())
-.bar.mark:0Wp*-1            / buckets before this have been published
+.bar.mark:-0Wp             / buckets before this have been published
 .bar.clients:0#0i
 bar:0!.bar.live
 
@@ -73,7 +73,7 @@ endofday:{[d]
 .bar.sub:{[] .bar.clients:distinct .bar.clients,.z.w;bar}
 
 / finished and current bars together, with vwap
-.bar.get:{[s]
+.bar.query:{[s]
   r:bar,0!.bar.live;
   select bucket,sym,open,high,low,close,vol,vwap:notional%vol from r where sym in s
  }
@@ -85,7 +85,10 @@ endofday:{[d]
     by bucket:w xbar bucket,sym from `bucket xasc b
  }
 
-.z.pc:{[w] .bar.clients:.bar.clients except w}
+.z.pc:{[w]
+  if[w=.bar.tp;-2 "tickerplant has gone";exit 1];
+  .bar.clients:.bar.clients except w;
+ }
 .z.ts:{[now] .bar.tick[]}
 
 .bar.tp:hopen(hsym .bar.opt`tp;5000)

@@ -18,9 +18,13 @@
 / the last-value cache lives in its own namespace: .lvc.quote, .lvc.depth ...
 .ctp.slot:{[t] ` sv `.lvc,t}
 
+/ keying moves the key columns to the front; clients get the usual order
+.ctp.cached:{[t] cols[t] xcols 0!get .ctp.slot t}
+
 upd:{[t;x]
   if[not t in key .ctp.keys;:.ctp.pub[t;x]];
-  .ctp.slot[t] upsert x;
+  n:.ctp.slot t;
+  n upsert cols[n] xcols x;
   .ctp.dirty[t]:.ctp.dirty[t] union exec sym from x;
  }
 
@@ -50,7 +54,7 @@ endofday:{[d]
   s:.ctp.dirty t;
   if[not count s;:()];
   .ctp.dirty[t]:0#`;
-  .ctp.pub[t;select from (0!get .ctp.slot t) where sym in s];
+  .ctp.pub[t;select from .ctp.cached[t] where sym in s];
  }
 
 .ctp.tick:{[] .ctp.tickOne each key .ctp.keys;}
@@ -63,7 +67,7 @@ endofday:{[d]
   delete from `.ctp.subs where h=.z.w,tbl=t;
   `.ctp.subs upsert `h`tbl`wild`syms!(.z.w;t;all null s;s);
   if[not t in key .ctp.keys;:(t;0#get t)];
-  r:0!get .ctp.slot t;
+  r:.ctp.cached t;
   (t;$[all null s;r;select from r where sym in s])
  }
 

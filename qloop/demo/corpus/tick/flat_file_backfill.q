@@ -26,7 +26,7 @@
 .bf.chunk:{[t;dt;dst;lines]
   if[first[lines] like "time,*";lines:1_lines];
   if[not count lines;:()];
-  d:flip .bf.names[t]!(.bf.types t;",")0:lines;
+  d:flip .bf.names[t]!(.bf.types t;",")0: lines;
   d:.bf.clean[dt;d];
   dst upsert .Q.en[.bf.db;d];
   .bf.rows+:count d;
@@ -60,7 +60,7 @@
 / columns:  1-8 sym  9-38 name  39-42 venue  43-50 lot  51-60 listed  61-62 filler
 / a blank in the type string skips the field
 .bf.instruments:{[f]
-  raw:("S*SJD ";8 30 4 8 10 2)0:f;
+  raw:("S*SJD ";8 30 4 8 10 2)0: f;
   r:flip `sym`descr`venue`lot`listed!raw;
   r:select sym,descr:trim each descr,venue,lot,listed from r where not null sym;
   (` sv .bf.db,`instrument) set `sym xkey r;

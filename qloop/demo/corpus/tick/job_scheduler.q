@@ -17,8 +17,9 @@
 / so redefining the function takes effect at once
 .cron.put:{[nm;fn;args;period;due]
   .cron.seq+:1;
+  / enlist keeps the fn column general whatever is stored first
   a:$[()~args;enlist (::);(),args];
-  v:(.cron.seq;nm;fn;a;period;due;0;0;1b);
+  v:(.cron.seq;nm;enlist fn;a;period;due;0;0;1b);
   `.cron.jobs upsert (cols .cron.jobs)!v;
   .cron.seq
  }
@@ -39,7 +40,11 @@
 
 / ---- execution
 
-.cron.call:{[f;a] (1b;$[-11h=type f;get f;f] . a)}
+.cron.call:{[fl;a]
+  f:first fl;
+  g:$[-11h=type f;get f;f];
+  (1b;g . a)
+ }
 
 / next due time on the original grid, skipping slots we were too busy for
 .cron.following:{[due;period]

@@ -81,13 +81,13 @@
 
 / read one of the files back
 .aud.readFile:{[d]
-  flip cols[.aud.recent]!("PSISFJB*";"\t")0:.aud.path d
+  flip cols[.aud.recent]!("PSISFJB*";"\t")0: .aud.path d
  }
 
 / bring the in-memory part back to its limit
-.aud.trim:{[]
+.aud.shrink:{[]
   if[.aud.keep<count .aud.recent;.aud.recent:neg[.aud.keep] sublist .aud.recent];
  }
 
-.z.ts:{[now] .aud.trim[]}
+.z.ts:{[now] .aud.shrink[]}
 if[0=system"t";system"t 10000"];

@@ -23,7 +23,7 @@ o:.Q.def[`tp`hdb`db`scratch!(`$"localhost:5010";`$"localhost:5012";`hdb;`wdbtmp)
   if[not n;:0];
   .wdb.path[t] upsert .Q.en[.wdb.db;value t];
   t set 0#value t;
-  .wdb.written[t]+:n;
+  .wdb.written[t]:n+0^.wdb.written t;
   n
  }
 
