@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from transformers import PreTrainedTokenizerBase
 
 from qloop.checkpoint.manager import Checkpoint, CheckpointManager, read_checkpoint
@@ -157,13 +157,17 @@ def assemble(config: Config, notes: list[str]) -> Assembly:
 
 
 def build_accelerator(config: Config) -> Accelerator:
-    """Builds the accelerator for the machine it finds; one without a GPU may still have ranks."""
+    """Builds the accelerator for the machine it finds; one without a GPU may still have ranks.
+
+    Raises:
+        ConfigError: The launcher asks for an engine that shards the optimizer.
+    """
     if config.run.deterministic:
         use_deterministic_kernels()
     cpu = not torch.accelerator.is_available()
     device = torch.device("cpu" if cpu else torch.accelerator.current_accelerator() or "cpu")
     precision = choose_precision(config.model.precision, device)
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="bf16" if precision == "bf16" else "no",
         # As a plugin: a plain number would yield to an environment variable of the launcher.
@@ -171,6 +175,13 @@ def build_accelerator(config: Config) -> Accelerator:
             num_steps=config.batch.gradient_accumulation_steps, sync_with_dataloader=False
         ),
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ConfigError(
+            f"accelerate launch: {accelerator.distributed_type.value} shards the optimizer, which "
+            "checkpoints cannot hold yet; launch without it (one process per GPU, each with the "
+            "whole model), or use lora or qlora"
+        )
+    return accelerator
 
 
 def choose_checkpoint(

@@ -37,7 +37,8 @@ def train(config: Config, notes: list[str]) -> None:
     """
     parts = assemble(config, notes)
     try:
-        run_steps(parts, StopRequest(parts.accelerator))
+        with StopRequest(parts.accelerator) as stop:
+            run_steps(parts, stop)
     except BaseException as error:
         state = getattr(error, "state", "failed")
         parts.report.write_status(state, parts.progress.step, str(error) or repr(error))
