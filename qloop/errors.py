@@ -38,12 +38,25 @@ class DivergenceError(QloopError):
     exit_code = 76
     state = "diverged"
 
+    def __init__(self, step: int, loss: float, grad_norm: float, block_ids: list[int]) -> None:
+        super().__init__(
+            f"step {step}: loss is {loss}, grad_norm {grad_norm}; the update was not made, the "
+            f"weights are those after step {step - 1}; its blocks are {block_ids}; lower "
+            "learning_rate or raise warmup_steps, and go on from the newest checkpoint"
+        )
+
 
 class StoppedError(QloopError):
     """The run was asked to stop, saved itself, and can be continued by the same command."""
 
     exit_code = 75
     state = "stopped"
+
+    def __init__(self, signal_name: str, step: int, last_step: int) -> None:
+        super().__init__(
+            f"{signal_name}: stopped and saved after step {step} of {last_step}; the same command "
+            "goes on from there"
+        )
 
 
 def join_names(names: list[str], last: str = "or") -> str:

@@ -17,7 +17,7 @@ from qloop.errors import DivergenceError, StoppedError
 from qloop.evaluate import evaluate, sample_completions
 from qloop.model.loss import next_token_loss
 from qloop.optimizer import clip_gradients, measure_grad_norm, set_learning_rate
-from qloop.report.metrics import StepRecord
+from qloop.report.metrics import build_step_record
 from qloop.schedule import learning_rate_at
 from qloop.seeds import seed_at
 from qloop.stops import StopRequest
@@ -51,13 +51,10 @@ def train(config: Config, notes: list[str]) -> None:
 
 def run_steps(parts: Assembly, stop: StopRequest) -> None:
     """Makes every step that is still to make."""
-    config, accelerator, model, optimizer = (
-        parts.config, parts.accelerator, parts.model, parts.optimizer,
-    )  # fmt: skip
-    progress, report, schedule = parts.progress, parts.report, config.schedule
-    rank, num_ranks, device = (
-        accelerator.process_index, accelerator.num_processes, accelerator.device,
-    )  # fmt: skip
+    config, accelerator, device = parts.config, parts.accelerator, parts.accelerator.device
+    model, optimizer, progress, report = parts.model, parts.optimizer, parts.progress, parts.report
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    schedule = config.schedule
     accumulation = config.batch.gradient_accumulation_steps
     step_blocks = config.batch.batch_size * accumulation * num_ranks
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -70,39 +67,33 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
         started = time.perf_counter()
 
         # 1. Fetch the whole step first, so that its loss can be divided by its true number of
-        # targets. Micro-batch m of a rank is number m * num_ranks + rank of the step, on any number
-        # of ranks.
-        step_ids = block_ids_at(progress.step, step_blocks, len(parts.index), config.run.seed)
-        rank_ids = step_ids.reshape(accumulation, num_ranks, -1)[:, rank]
+        # targets. Micro-batch m of a rank is number m * num_ranks + rank of the step.
+        block_ids = block_ids_at(progress.step, step_blocks, len(parts.index), config.run.seed)
+        rank_ids = block_ids.reshape(accumulation, num_ranks, -1)[:, rank]
         micro_batches = [build_micro_batch(parts.store, parts.index, ids) for ids in rank_ids]
-        counted = torch.tensor(count_targets(micro_batches), device=device)
-        target_tokens = int(accelerator.reduce(counted, "sum"))
+        rank_targets = torch.tensor(count_targets(micro_batches), device=device)
+        target_tokens = int(accelerator.reduce(rank_targets, "sum"))
+        divisor = max(1, target_tokens)  # blocks in the middle of long prompts have no target
         fetched = time.perf_counter()
 
         # 2. Forward and backward. backward divides by the accumulation and ranks average their
         # gradients; both are undone here, so that the gradient is that of the mean over all
-        # targets.
+        # targets of the step.
         loss_sum = torch.zeros((), device=device)
         for number, micro_batch in enumerate(micro_batches):
             torch.manual_seed(seed_at(config.run.seed, progress.step, number * num_ranks + rank))
             with accelerator.accumulate(model):
                 micro_loss = next_token_loss(model, micro_batch.to(device))
-                accelerator.backward(micro_loss * (accumulation * num_ranks / target_tokens))
+                accelerator.backward(micro_loss * (accumulation * num_ranks / divisor))
             loss_sum += micro_loss.detach()
-        loss = float(accelerator.reduce(loss_sum, "sum")) / target_tokens
+        loss = float(accelerator.reduce(loss_sum, "sum")) / divisor
         grad_norm = measure_grad_norm(trained)
         computed = time.perf_counter()
 
         # 3. Refuse, clip, update: a bad step never reaches the weights. Clipping comes after the
         # check, since it spreads one NaN over every gradient.
-        if not (math.isfinite(loss) and math.isfinite(float(grad_norm))):
-            raise DivergenceError(
-                f"step {progress.step + 1}: loss is {loss}, grad_norm {float(grad_norm)}; the "
-                "weights "
-                f"are those after step {progress.step}; blocks {step_ids.tolist()}; lower "
-                "learning_rate "
-                "or raise warmup_steps, and look at these blocks"
-            )
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergenceError(progress.step + 1, loss, float(grad_norm), block_ids.tolist())
         clip_gradients(trained, config.optimizer.max_grad_norm, grad_norm)
         learning_rate = learning_rate_at(
             progress.step, schedule.learning_rate, schedule.min_learning_rate,
@@ -115,34 +106,18 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
 
         # 4. Account for the step; then report, evaluate and save, each when it is due.
         progress.advance(step_blocks, target_tokens)
-        report.write_step(
-            StepRecord(
-                step=progress.step,
-                loss=loss,
-                learning_rate=learning_rate,
-                grad_norm=float(grad_norm),
-                target_tokens=target_tokens,
-                tokens_seen=progress.tokens_seen,
-                blocks_seen=progress.blocks_seen,
-                epoch=progress.blocks_seen / len(parts.index),
-                data_seconds=fetched - started,
-                forward_backward_seconds=computed - fetched,
-                update_seconds=updated - computed,
-                tokens_per_second=target_tokens / (updated - started),
-                peak_memory_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
-            )
-        )
+        record = build_step_record(
+            progress, loss, learning_rate, float(grad_norm), target_tokens, len(parts.index),
+            times=(started, fetched, computed, updated),
+        )  # fmt: skip
+        report.write_step(record)
         if progress.is_due(config.evaluate.eval_steps, parts.last_step):
             measure_held_out(parts)
         signal_name = stop.agreed()
         if signal_name or progress.is_due(config.checkpoint.save_steps, parts.last_step):
             save(parts)
         if signal_name and progress.step < parts.last_step:
-            raise StoppedError(
-                f"{signal_name}: stopped and saved after step {progress.step} of "
-                f"{parts.last_step}; "
-                "the same command goes on from there"
-            )
+            raise StoppedError(signal_name, progress.step, parts.last_step)
 
 
 def measure_held_out(parts: Assembly) -> None:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from qloop.progress import Progress
 from qloop.run_directory import write_atomically, write_json
 
 
@@ -30,6 +33,44 @@ class StepRecord:
     """Targets of all ranks over the step's seconds."""
     peak_memory_bytes: int
     """Of the GPU so far; 0 on a CPU."""
+
+
+def build_step_record(
+    progress: Progress,
+    loss: float,
+    learning_rate: float,
+    grad_norm: float,
+    target_tokens: int,
+    num_blocks: int,
+    times: tuple[float, float, float, float],
+) -> StepRecord:
+    """Builds the record of the step that `progress` has just accounted for.
+
+    Args:
+        progress: After the step.
+        loss: Nats per target.
+        learning_rate: The step's.
+        grad_norm: Before clipping.
+        target_tokens: The step's, over all ranks.
+        num_blocks: Blocks of an epoch.
+        times: Clock at the start, when the data was there, the gradients, and the new weights.
+    """
+    started, fetched, computed, updated = times
+    return StepRecord(
+        step=progress.step,
+        loss=loss,
+        learning_rate=learning_rate,
+        grad_norm=grad_norm,
+        target_tokens=target_tokens,
+        tokens_seen=progress.tokens_seen,
+        blocks_seen=progress.blocks_seen,
+        epoch=progress.blocks_seen / num_blocks,
+        data_seconds=fetched - started,
+        forward_backward_seconds=computed - fetched,
+        update_seconds=updated - computed,
+        tokens_per_second=target_tokens / (updated - started),
+        peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+    )
 
 
 class MetricsFile:

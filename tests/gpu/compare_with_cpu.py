@@ -1,4 +1,4 @@
-"""On a GPU: 50 steps of each method on a model shaped like Qwen2.5-0.5B, beside the CPU's first steps.
+"""On a GPU: 50 steps of each method on a model shaped like Qwen2.5-0.5B, beside the CPU's first.
 
     python tests/gpu/compare_with_cpu.py [--steps 50] [--cpu_steps 3] [--hidden_size 896] [--out
     DIR]

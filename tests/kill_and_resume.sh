@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# On real Q files: trains each method, trains it again with a kill -9 in the middle and a restart, and
+# compares losses and saved tensors to the last bit. Prints a table with the token ledger.
+#
+#   bash tests/kill_and_resume.sh CORPUS [STEPS]      # CORPUS: a folder of .q and .k files
+#
+# The base of lora and qlora is the model that the full run trains first, from the embedded config.
+set -euo pipefail
+corpus=$(realpath "$1")
+steps=${2:-60}
+cd "$(dirname "$0")/.."
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+export HF_HUB_OFFLINE=1
+keys="--config configs/demo.toml --output_dir $out --train_file $corpus --max_steps $steps
+    --save_steps 10 --eval_steps 0 --num_samples 0 --max_seq_length 2048 --batch_size 1
+    --gradient_accumulation_steps 2 --learning_rate 2e-3"
+
+# Adapters need a base: demo.toml names a model from random weights instead, so its line is left out.
+grep -v '^model_config_file\|^tokenizer_name' configs/demo.toml >"$out/adapters.toml"
+
+train() { # method, name
+    local method_keys="--training_method $1"
+    [ "$1" = full ] || method_keys="$method_keys --model_name $out/full/checkpoints/checkpoint-$steps"
+    local file=configs/demo.toml
+    [ "$1" = full ] || file="$out/adapters.toml"
+    # shellcheck disable=SC2086
+    exec qloop train ${keys/configs\/demo.toml/$file} $method_keys --experiment_name "$2"
+}
+
+for method in full lora qlora; do
+    (train $method $method) >"$out/$method.log"
+    (train $method killed-$method) >"$out/killed-$method.log" &
+    pid=$!
+    until [ -e "$out/killed-$method/checkpoints/checkpoint-20" ]; do sleep 0.05; done
+    sleep 1
+    kill -9 $pid
+    wait $pid 2>/dev/null || true
+    (train $method killed-$method) >>"$out/killed-$method.log"
+    grep "going on from" "$out/killed-$method.log" | sed "s|$out/||"
+done
+
+python - "$out" "$steps" <<'PYTHON'
+import hashlib
+import json
+import pathlib
+import statistics
+import sys
+
+out, steps = pathlib.Path(sys.argv[1]), sys.argv[2]
+report = json.loads((out / "full/logs/data_report.json").read_text())
+for side in ("train", "held_out"):
+    ledger = report[side]
+    names = ("read", "documents", "refused", "duplicates", "bytes", "tokens", "targets", "first_tokens")
+    print(f"{side}: " + ", ".join(f"{name} {ledger[name]:,}" for name in names))
+    print(f"  {ledger['blocks']} blocks of {ledger['block_length']}, padding {ledger['padding_share']:.2%}")
+print("| method | held-out bits per byte, first | last | tokens/s, median | killed and resumed |")
+print("|---|---|---|---|---|")
+all_same = True
+for method in ("full", "lora", "qlora"):
+    records, tensors = [], []
+    for name in (method, f"killed-{method}"):
+        lines = (out / name / "logs/metrics.jsonl").read_text().splitlines()
+        records.append([json.loads(line) for line in lines])
+        folder = out / name / f"checkpoints/checkpoint-{steps}"
+        files = sorted(folder.glob("*.safetensors"))
+        tensors.append([(file.name, hashlib.sha256(file.read_bytes()).digest()) for file in files])
+    kept = ("step", "loss", "grad_norm", "tokens_seen")
+    curves = [[[record[key] for key in kept] for record in one] for one in records]
+    is_same = curves[0] == curves[1] and tensors[0] == tensors[1]
+    all_same = all_same and is_same
+    result = json.loads((out / method / "results/evaluation.json").read_text())
+    speed = statistics.median(record["tokens_per_second"] for record in records[0])
+    print(
+        f"| {method} | {result['first']['bits_per_byte']:.4f} | {result['final']['bits_per_byte']:.4f} "
+        f"| {speed:,.0f} | {'losses and tensors equal' if is_same else 'DIFFERENT'} |"
+    )
+sys.exit(0 if all_same else 1)
+PYTHON
