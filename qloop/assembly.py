@@ -84,7 +84,8 @@ def assemble(config: Config, notes: list[str]) -> Assembly:
     sources = find_sources(config.data)
     tokenizer = load_tokenizer(config.model)
     encoder = build_encoder(tokenizer)
-    check_sizes(load_model_config(config.model), len(tokenizer), config.data.max_seq_length)
+    model_config = load_model_config(config.model)
+    check_sizes(model_config, encoder.vocabulary_size, config.data.max_seq_length)
     with accelerator.main_process_first():
         corpus = load_corpus(
             *sources,
@@ -110,7 +111,7 @@ def assemble(config: Config, notes: list[str]) -> Assembly:
         config.run.seed,
         checkpoint.path if checkpoint else None,
     ).to(accelerator.device)
-    isolation = check_isolation(model, len(tokenizer), precision)
+    isolation = check_isolation(model, encoder.vocabulary_size, precision)
     fingerprints = {
         "corpus": corpus.fingerprint,
         "tokenizer": encoder.fingerprint,

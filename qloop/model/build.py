@@ -108,7 +108,8 @@ def build_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
         count_bytes=count_bytes,
         start_ids=start_ids,
         end_id=end_id,
-        vocabulary_size=len(tokenizer),
+        # Not its length: ids may have gaps.
+        vocabulary_size=max(tokenizer.get_vocab().values()) + 1,
         fingerprint=hashlib.sha256(settings.encode()).hexdigest(),
     )
 
@@ -184,7 +185,7 @@ def check_sizes(model_config: PreTrainedConfig, vocabulary_size: int, max_seq_le
     text_config = model_config.get_text_config()
     if vocabulary_size > text_config.vocab_size:
         raise ConfigError(
-            f"tokenizer_name: the tokenizer has {vocabulary_size} tokens, the model's embedding "
+            f"tokenizer_name: the tokenizer has ids up to {vocabulary_size - 1}, the model's embedding "
             f"{text_config.vocab_size} rows; use the model's own tokenizer"
         )
     longest = getattr(text_config, "max_position_embeddings", None)

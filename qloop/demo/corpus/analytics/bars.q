@@ -47,10 +47,11 @@
   `sym`bar xkey select from r where not null close
  }
 
-/ coarser bars from finer ones, without going back to the ticks
+/ coarser bars from finer ones, without going back to the ticks; where nothing
+/ traded the vwap falls back on the carried close
 .bar.roll:{[b;w]
   select open:first open,high:max high,low:min low,close:last close,
-    vwap:vol wavg vwap,vol:sum vol,n:sum n
+    vwap:(last close)^vol wavg vwap,vol:sum vol,n:sum n
     by sym,bar:w xbar bar from 0!b
  }
 

@@ -56,18 +56,20 @@ l2:{[d;n;s]
   ([] time:d+`timespan$times n; sym:n#s; side:sd; price:p; size:sz)
  }
 
-/ both tables for date d, n quotes a symbol, ready for aj and wj
+/ sorted the way aj and wj want it
+srt:{update `p#sym from `sym`time xasc x}
+
+/ both tables for date d, n quotes a symbol
 day:{[d;n]
   q:raze quotes1[d;n] each syms;
   t:raze {[q;n;s] trades1[select from q where sym=s;n;s]}[q;n div 5] each syms;
-  srt:{update `p#sym from `sym`time xasc x};
   `quote`trade!srt each (q;t)
  }
 
 / several days in one go, each one starting again from px0
 days:{[ds;n]
   r:day[;n] each ds;
-  `quote`trade!(raze r@\:`quote;raze r@\:`trade)
+  `quote`trade!srt each (raze r@\:`quote;raze r@\:`trade)
  }
 
 / spoil k prints (a tenth or ten times the price) so the filters have work to do
