@@ -88,9 +88,7 @@ def write_model_config(folder: Path, model_type: str = "qwen2", **keys: Any) -> 
 
 
 @pytest.fixture
-def make_config(
-    tmp_path: Path, corpus_dir: Path, tokenizer_dir: Path
-) -> Callable[..., Config]:
+def make_config(tmp_path: Path, corpus_dir: Path, tokenizer_dir: Path) -> Callable[..., Config]:
     """Builds the config of a run of a few seconds; keyword arguments replace keys."""
 
     def make(**keys: Any) -> Config:

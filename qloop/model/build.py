@@ -185,8 +185,8 @@ def check_sizes(model_config: PreTrainedConfig, vocabulary_size: int, max_seq_le
     text_config = model_config.get_text_config()
     if vocabulary_size > text_config.vocab_size:
         raise ConfigError(
-            f"tokenizer_name: the tokenizer has ids up to {vocabulary_size - 1}, the model's embedding "
-            f"{text_config.vocab_size} rows; use the model's own tokenizer"
+            f"tokenizer_name: the tokenizer has ids up to {vocabulary_size - 1}, the embedding of the "
+            f"model has {text_config.vocab_size} rows; use the tokenizer of the model"
         )
     longest = getattr(text_config, "max_position_embeddings", None)
     if longest and max_seq_length > longest:

@@ -47,7 +47,8 @@
 / front contract on each date, leaving n days before expiry
 .roll.front:{[c;n;d]
   c:`expiry xasc c;
-  c[`sym](c[`expiry]-n) binr d+1
+  ix:(c[`expiry]-n) binr d+1;            / first contract that rolls after d
+  c[`sym] ix
  }
 
 / stitched but unadjusted; psym is what was held on the previous date
@@ -64,7 +65,7 @@
   x:select date,pdate,psym,sym from .roll.chain[c;p;n] where sym<>psym,not null psym;
   new:(k ([] date:x`pdate; sym:x`sym))`settle;
   old:(k ([] date:x`pdate; sym:x`psym))`settle;
-  update old,new,gap:new-old,ratio:new%old from x
+  update old:old,new:new,gap:new-old,ratio:new%old from x
  }
 
 / back-adjusted: the live contract is left alone and history is moved to meet it,

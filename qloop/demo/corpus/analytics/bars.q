@@ -31,9 +31,9 @@
  }
 
 / every sym by every bar start in [s;e)
-.bar.grid:{[ss;w;s;e]
+.bar.grid:{[names;w;s;e]
   n:ceiling (e-s)%w;
-  ([] sym:ss) cross ([] bar:s+w*til n)
+  ([] sym:names) cross ([] bar:s+w*til n)
  }
 
 / fill empty bars: last close carried, zero volume.  Bars before the first

@@ -55,7 +55,7 @@
 / time-weighted spread and depth per symbol from a top-of-book table
 .book.stats:{[q]
   r:update dur:`long$(next time)-time by sym from q;
-  r:select from r where not null dur,bid<ask;
+  r:select from r where not null dur,not null bid,bid<ask;
   r:update mid:0.5*bid+ask,spr:ask-bid from r;
   select spread:dur wavg spr,bps:dur wavg 1e4*spr%mid,
     bdepth:dur wavg bsize,adepth:dur wavg asize,

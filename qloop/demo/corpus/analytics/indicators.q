@@ -68,10 +68,12 @@
   {[k;a;x] k+a*x-k}\[first p;a;p]
  }
 
-/ 1 on the bar where x crosses above y, -1 where it crosses below, else 0
+/ 1 on the bar where x crosses above y, -1 where it crosses below, else 0.  Bars on
+/ which the two are equal (or not both there yet) keep the side they came from.
 .ta.crossing:{[x;y]
-  s:`long$signum x-y;
-  s*(s<>0)&(not null x-y)&s=neg prev s
+  d:x-y;
+  s:0^fills ?[(d=0)|null d;0N;`long$signum d];
+  s*(s<>0)&s=neg prev s
  }
 
 / highest high and lowest low of the n bars BEFORE this one
@@ -82,7 +84,8 @@
   b:update sma20:.ta.sma[20;close],ema12:.ta.ema[12;close],
     rsi14:.ta.rsi[14;close],atr14:.ta.atr[14;high;low;close],
     roc10:.ta.roc[10;close],obv:.ta.obv[close;vol] by sym from 0!b;
-  update trend:signum ema12-sma20,stretched:not rsi14 within 30 70f by sym from b
+  update trend:?[null sma20;0Ni;signum ema12-sma20],
+    stretched:(not null rsi14)&not rsi14 within 30 70f from b
  }
 
 / functions that return tables go one symbol at a time

@@ -24,18 +24,19 @@
 / unmatched on both sides, yet same symbol, quantity and price within tol of time:
 / most likely one fill whose id got mangled
 .rec.guess:{[r;tol]
-  a:update ltime:time from r`onlyours;
+  a:update otime:time from r`onlyours;
   b:select sym,qty,px,time,beid:eid,btime:time from r`onlytheirs;
   k:`sym`qty`px`time;
   x:aj[k;update time:time+tol from a;k xasc b];
-  select eid,beid,sym,qty,px,gap:ltime-btime from x where tol>=abs ltime-btime
+  select eid,beid,sym,qty,px,gap:otime-btime from x
+    where not null btime,tol>=abs otime-btime
  }
 
 / ---- orders against fills -----------------------------------------------------------
 .rec.orders:{[o;f]
   d:select done:sum qty,avgpx:qty wavg px,lo:min px,hi:max px by oid from f;
   r:update done:0^done from o lj d;
-  r:update leaves:qty-done,over:done>qty from r;
+  r:update leaves:qty-done,excess:done>qty from r;
   update through:?[side>0;hi>limit;lo<limit] from r where done>0,not null limit
  }
 
@@ -47,7 +48,7 @@
   y:theirs lj `eid xkey select eid,side from x;
   a:select onet:sum side*qty,ocash:sum neg side*qty*px by sym from x;
   b:select bnet:sum side*qty,bcash:sum neg side*qty*px by sym from y;
-  r:0^a uj b;
+  r:update 0^onet,0^ocash,0^bnet,0^bcash from a uj b;
   select from r where (onet<>bnet)|0.005<abs ocash-bcash
  }
 
@@ -83,5 +84,5 @@
 
 / clocks: an acknowledgement from before the request means they disagree
 .rec.skew:{[s]
-  select n:count i,worst:min toack by venue from s where toack<0D00:00:00
+  select n:count i,worst:min toack by venue from s where not null toack,toack<0D00:00:00
  }

@@ -28,7 +28,7 @@
   s:s where not null s;
   x:-1_s; d:1_deltas s;
   b:(d cov x)%var x;
-  $[b within -1 0f;neg (log 2)%log 1+b;0n]
+  $[(b>-1)&b<0;neg (log 2)%log 1+b;0n]
  }
 
 / flat: go against a stretch beyond en.  In a trade: stay until inside ex, or until
@@ -60,10 +60,10 @@
     min e-maxs e;avg 0<>t`pos)
  }
 
-/ one row per round trip
+/ one row per round trip.  The bar that goes flat still earns (and pays) for the trip
+/ it closes, so it is included: in the market now, or on the bar before
 .pr.trips:{[t]
   t:update trip:sums (pos<>0)&differ pos from t;
-  t:update trip:fills ?[(pos<>0)|0<>prev pos;trip;0N] from t;
   select entry:first date,leave:last date,side:first pos,bars:count i,
     net:sum net,worst:min sums net by trip from t where (pos<>0)|0<>0^prev pos
  }

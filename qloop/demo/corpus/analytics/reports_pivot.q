@@ -32,7 +32,8 @@
 // quartiles of activity; the label says which end is which
 .rpt.tiers:{[t]
   s:0!select adv:(sum size)%count distinct `date$time by sym from t;
-  update tier:`low`midlow`midhigh`high 4 xrank adv from s
+  nm:`low`midlow`midhigh`high;
+  update tier:nm[4 xrank adv] from s
  }
 
 // ---- pivots ------------------------------------------------------------------
@@ -41,7 +42,7 @@
 .rpt.pivot:{[t;k;p;v]
   b:(k,p)!k,p;
   a:0!?[t;();b;(enlist v)!enlist (sum;v)];
-  a:![a;();0b;(enlist p)!enlist (`$string;p)];
+  a:@[a;p;{`$string x}];                    // column names must be symbols
   P:asc distinct a p;
   r:?[a;();(enlist k)!enlist k;(#;enlist P;(!;p;v))];
   (key r)!0^value r
@@ -51,8 +52,9 @@
 .rpt.totals:{[r]
   k:first cols key r;
   v:value r;
-  v:update total:sum value flip v from v;
-  lab:flip (enlist k)!enlist (r:0!r)[k],`TOTAL;
+  tot:sum value flip v;
+  v:update total:tot from v;
+  lab:flip (enlist k)!enlist ((0!r) k),`TOTAL;
   lab!v,sum v
  }
 
@@ -67,7 +69,7 @@
 .rpt.volbyvenue:{[t] .rpt.totals .rpt.pivot[t;`sym;`ex;`size]}
 
 .rpt.byhour:{[t]
-  x:update hh:`$"h",/:-2#'"0",/:string `hh$time from t;
+  x:update hh:`$"h",/:(-2)#'"0",/:string `hh$time from t;
   .rpt.pivot[x;`sym;`hh;`size]
  }
 
@@ -75,13 +77,13 @@
 .rpt.hhi:{[t]
   v:0!select vol:sum size by sym,ex from t;
   v:update sh:vol%sum vol by sym from v;
-  select hhi:sum sh*sh,venues:count i,main:ex sh?max sh by sym from v
+  select hhi:sum sh*sh,venues:count i,main:ex[sh?max sh] by sym from v
  }
 
 // print-size distribution: counts in powers of ten
 .rpt.sizes:{[t]
-  x:update band:`long$10 xexp floor 10 xlog size from t where size>0;
-  select n:count i,vol:sum size by band from x where not null band
+  edges:1 10 100 1000 10000 100000 1000000;
+  select n:count i,vol:sum size by band:edges[edges bin size] from t where size>0
  }
 
 // ---- try it --------------------------------------------------------------------

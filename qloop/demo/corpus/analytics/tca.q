@@ -41,7 +41,7 @@
 
 // notional-weighted roll-up, with the dispersion that an average hides
 .tca.summary:{[r]
-  x:update notl:done*avgpx from select from r where done>0;
+  x:update notl:done*avgpx from select from r where done>0,not null vsarr;
   select orders:count i,notional:sum notl,
     arrival:notl wavg vsarr,vwap:notl wavg vsvwap,
     medarr:med vsarr,sdarr:dev vsarr,
@@ -53,7 +53,7 @@
   bands:0 0.01 0.05 0.1 0.2;
   x:select from r where done>0,mvol>0;
   select orders:count i,vsarr:avg vsarr,vsvwap:avg vsvwap,fillrate:avg fillrate
-    by floorpart:bands bands bin part from x
+    by floorpart:bands[bands bin part] from x
  }
 
 // the k most expensive orders in currency, not in bps
@@ -67,6 +67,6 @@
   x:f lj `oid xkey select oid,sym,side from o;
   x:aj[`sym`time;`sym`time xasc x;select sym,time,bid,ask from q];
   x:update mid:0.5*bid+ask from x;
-  select fills:count i,cost:size wavg .tca.bps[side;price;mid],
-    passive:(sum size*0>side*price-mid)%sum size by oid from x
+  select nf:count i,cost:size wavg .tca.bps[side;price;mid],
+    passive:(sum size*0>side*price-mid)%sum size by oid from x where not null mid
  }

@@ -1,5 +1,5 @@
 / tick_filters.q   calendar, session flags, and bad-tick rules
-/ Nothing is deleted here: every rule adds its name to a list and the caller decides.
+/ Rules only add flag columns; clean at the end is the one place that drops rows.
 
 \d .cal
 
@@ -60,23 +60,24 @@ trades:{[t;tick]
  }
 
 quotes:{[q]
-  q:update crossed:bid>ask,locked:bid=ask,oneside:(null bid)|null ask from q;
+  q:update oneside:(null bid)|null ask from q;
+  q:update crossed:(bid>ask)&not oneside,locked:(bid=ask)&not oneside from q;
   q:update wide:(ask-bid)>10*med ask-bid by sym from q;
   update stale:.flt.stuck[200;bid]&.flt.stuck[200;ask] by sym from q
  }
 
 / collapse the flag columns into one list of reasons per row
-reasons:{[t;fl] update why:fl@/:where each flip t fl from t}
+reasons:{[t;fl] w:fl@/:where each flip t fl; update why:w from t}
 
-/ sequence numbers that went missing, per feed
+/ sequence numbers that went missing, per feed (t: feed seq time)
 gaps:{[t]
   g:update skip:-1+seq-prev seq by feed from t;
   select feed,time,after:seq-1+skip,missed:skip from g where skip>0
  }
 
 / counts per symbol and rule, and a clean copy
-tally:{[t;fl] ?[t;();(enlist`sym)!enlist`sym;fl!sum,/:fl]}
-clean:{[t;fl] (fl _ t) where not any t fl}
+tally:{[t;fl] ?[t;();(enlist`sym)!enlist`sym;fl!{(sum;x)} each fl]}
+clean:{[t;fl] (fl _ t) where not max t fl}
 
 \d .
 

@@ -76,7 +76,7 @@
 
 / average over k shifted grids; same sparsity, less luck of the draw
 .vol.subsampled:{[t;w;k]
-  off:(w div k)*til k;
+  off:`timespan$((`long$w) div k)*til k;
   f:{[t;w;o] select sym,dt,rv from .vol.realised[update time:time-o from t;w]};
   select rv:avg rv,vol:.vol.ann avg rv by sym,dt from raze f[t;w] each off
  }

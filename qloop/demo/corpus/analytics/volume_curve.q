@@ -61,7 +61,7 @@ povend:{[r;qty;v]
 / how lopsided is the day: first and last half hour, and the busiest bucket
 shape:{[c;open;close]
   select am:sum frac*bkt<open+30,pm:sum frac*bkt>=close-30,
-    peak:bkt frac?max frac by sym from c
+    peak:bkt[frac?max frac] by sym from c
  }
 
 / tracking error of the volume forecast: day dt's cumulative curve against c
