@@ -3,8 +3,10 @@
     python launch/run_pretraining.py --model_name Qwen/Qwen2.5-7B-Instruct --data_type filtered \
         --training_method lora --max_steps 500
 
-It is `accelerate launch -m qloop train` with the number of processes filled in. For FSDP,
-DeepSpeed or several machines call `accelerate launch --config_file ...` yourself.
+With several GPUs it is `accelerate launch --multi_gpu -m qloop train` with the number of processes
+filled in. With one, or none, it is `python -m qloop train`: the launcher would only stand between,
+hide the exit code, and keep signals from the run. For FSDP, DeepSpeed or several machines call
+`accelerate launch --config_file ...` yourself.
 """
 
 import os
@@ -14,15 +16,14 @@ import torch
 
 
 def build_command(num_gpus: int, arguments: list[str]) -> list[str]:
-    """Builds the launcher's command line: one process per GPU, one on a machine that has none."""
-    num_processes = max(1, num_gpus)
+    """Builds the command line of one process per GPU."""
+    if num_gpus < 2:
+        return [sys.executable, "-m", "qloop", "train", *arguments]
     return [
         *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--num_processes", str(num_processes), "--num_machines", "1"),
+        *("--multi_gpu", "--num_processes", str(num_gpus), "--num_machines", "1"),
         # Precision and compilation are keys of qloop; this only keeps the launcher from guessing.
         *("--mixed_precision", "no", "--dynamo_backend", "no"),
-        *(["--multi_gpu"] if num_processes > 1 else []),
-        *(["--cpu"] if num_gpus == 0 else []),
         *("-m", "qloop", "train", *arguments),
     ]
 

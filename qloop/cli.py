@@ -108,11 +108,12 @@ def _build_flag(name: str, field: Any) -> click.Option:
     else:
         shown = "none" if default is None else str(default)
     is_switch = isinstance(default, bool)
+    # A switch may stand alone: --wandb. Any other flag takes what follows as its value.
+    options: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if is_switch else {}
     return click.Option(
         [f"--{name}"],
         type=str,
         metavar="[true|false]" if is_switch else "VALUE",
-        is_flag=False,
-        flag_value="true" if is_switch else None,
+        **options,
         help=f"{field.description}  [{shown}]",
     )

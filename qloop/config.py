@@ -245,8 +245,9 @@ class LoadedConfig(NamedTuple):
 COMMAND_LINE = "command line"
 ALIASES = {"base_model": "model_name"}
 
-# Keys that may differ between the parts of one run: they change what is reported and when it ends,
-# not what a step computes from its weights and its number.
+# Keys that may differ between the parts of one run: where it lies, what it reports and saves, and
+# when it ends. A new end bends the cosine of the steps to come, which is what making a run longer
+# means.
 MAY_CHANGE = frozenset(
     {
         *("experiment_name", "output_dir", "resume", "cache_dir", "max_steps", "num_epochs"),
@@ -307,7 +308,8 @@ def load_config(file: Path | None, flags: Mapping[str, str]) -> LoadedConfig:
     wrong = {key for _, key, _ in problems}
     for keys, text in _find_contradictions(config, origins):
         if not wrong & set(keys):
-            problems.append((origins.get(keys[0], COMMAND_LINE), keys[0], text))
+            origin = next((origins[key] for key in keys if key in origins), COMMAND_LINE)
+            problems.append((origin, keys[0], text))
     if problems:
         raise ConfigError(_format_problems(problems))
     return LoadedConfig(config, origins)
@@ -339,16 +341,29 @@ def find_changes(before: Config, after: Config) -> list[str]:
 
 def dump_yaml(config: Config) -> str:
     """Writes every key that has a value, by section; `load_config` reads it back the same."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    content = config.model_dump(mode="json", exclude_none=True)
+    return yaml.dump(content, Dumper=_YamlDumper, sort_keys=False)
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-5 as text; people mean the number."""
+    """YAML as people mean it: 1e-5 is a number, and a key that stands twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuses what PyYAML would drop in silence: the first of two equal keys."""
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} stands twice")
+        return super().construct_mapping(node, deep)
 
 
-_YamlLoader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
-_FLOAT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+class _YamlDumper(yaml.SafeDumper):
+    """Puts quotes around a name such as 1e-5, which our reader would take for a number."""
+
+
+_NUMBER = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
+_YamlDumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
 
 
 def _read_file(
@@ -361,7 +376,7 @@ def _read_file(
             problems.append((str(file), key, "given twice"))
         elif key not in KEYS:
             problems.append((str(file), key, f"unknown key{_nearest(key)}"))
-        elif value is None:
+        elif value is None or value == "":
             problems.append((str(file), key, "has no value; leave the line out"))
         else:
             yield str(file), key, value
@@ -388,7 +403,7 @@ def _parse(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
     except (tomli.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid {file.suffix[1:].upper()}: {error}") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not content:
         raise ConfigError(f"{file}: holds no keys; it must hold lines such as max_steps = 500")
     return {str(key): value for key, value in content.items()}
 
@@ -401,8 +416,11 @@ def _read_flags(
             problems.append((COMMAND_LINE, f"--{key}", f"unknown flag{_nearest(key, '--')}"))
             continue
         field = KEYS[key].field
+        if text == "" and field.annotation != tuple[str, ...]:
+            problems.append((COMMAND_LINE, key, "has no value; leave the flag out"))
+            continue
         if field.annotation == tuple[str, ...]:
-            yield COMMAND_LINE, key, [name for name in text.split(",") if name]
+            yield COMMAND_LINE, key, [name.strip() for name in text.split(",") if name.strip()]
             continue
         try:
             # Only the type: the limits are checked with all other keys.
@@ -469,7 +487,9 @@ def _unused(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def _nearest(key: str, prefix: str = "") -> str:
     near = difflib.get_close_matches(key.replace("-", "_"), [*KEYS, *ALIASES], n=1, cutoff=0.6)
-    return f"; did you mean {prefix}{near[0]}?" if near else "; see `qloop train --help`"
+    if not near:
+        return "; see `qloop train --help`"
+    return f"; did you mean {prefix}{ALIASES.get(near[0], near[0])}?"
 
 
 def _show(value: object) -> str:
@@ -498,7 +518,7 @@ def _describe(detail: ErrorDetails) -> str:
     kind, context, given = detail["type"], detail.get("ctx", {}), _show(detail["input"])
     if kind in _LIMITS:
         word, name = _LIMITS[kind]
-        return f"must be {word} {context[name]}, got {given}"
+        return f"must be {word} {context[name]:.15g}, got {given}"
     if kind == "literal_error":
         choices = str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
         return f"unknown value {given}; choose {join_names(choices)}"

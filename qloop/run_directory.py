@@ -65,9 +65,10 @@ class RunDirectory:
             ConfigError: The disk refuses.
         """
         try:
-            for folder in (self.checkpoints, self.logs, self.results):
-                folder.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.config, dump_yaml(config))
+            for folder in (self.checkpoints, self.logs, self.results):
+                folder.mkdir(exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be written: {error.strerror}") from error
 

@@ -14,7 +14,7 @@ trap 'rm -rf "$out"' EXIT
 export HF_HUB_OFFLINE=1
 keys="--config configs/demo.toml --output_dir $out --train_file $corpus --max_steps $steps
     --save_steps 10 --eval_steps 0 --num_samples 0 --max_seq_length 2048 --batch_size 1
-    --gradient_accumulation_steps 2 --learning_rate 2e-3"
+    --learning_rate 2e-3"
 
 # Adapters need a base: demo.toml names a model from random weights instead, so its line is left out.
 grep -v '^model_config_file\|^tokenizer_name' configs/demo.toml >"$out/adapters.toml"

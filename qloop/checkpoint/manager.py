@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
@@ -93,7 +94,7 @@ class CheckpointManager:
                     {
                         **dataclasses.asdict(progress),
                         "fingerprints": fingerprints,
-                        "versions": {"torch": torch.__version__},
+                        "versions": {"torch": torch.__version__, "numpy": np.__version__},
                         "config": config,
                     },
                 )

@@ -4,9 +4,9 @@ There is no loader and no state: the blocks of any step of any run can be asked 
 on any number of processes.
 
     >>> block_ids_at(0, step_blocks=4, num_blocks=6, seed=1).tolist()
-    [0, 3, 5, 2]
+    [4, 0, 2, 1]
     >>> block_ids_at(1, step_blocks=4, num_blocks=6, seed=1).tolist()  # the epoch ends in mid-step
-    [4, 1, 0, 1]
+    [5, 3, 1, 4]
 """
 
 import functools

@@ -8,6 +8,7 @@ the rest of the corpus goes on. Text is used as it stands: no byte is corrected 
     trades.jsonl:3   {"text": "sel                   -> Refusal malformed_json
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -59,12 +60,7 @@ def list_source_files(path: Path) -> list[Path]:
         DataError: The path does not exist, is of no known format, or the folder has no such file.
     """
     if path.is_dir():
-        found = sorted(
-            Path(folder, name)
-            for folder, _, names in os.walk(path)
-            for name in names
-            if name.lower().endswith(Q_SUFFIXES)
-        )
+        found = sorted(_iterate_folder(path))
         if not found:
             raise DataError(f"{path}: no .q or .k file in this folder or below it")
         return found
@@ -75,7 +71,19 @@ def list_source_files(path: Path) -> list[Path]:
             f"{path}: unknown format; give JSONL (.jsonl), Parquet (.parquet), a .q or .k file, "
             "or a folder of them"
         )
-    return [path]
+    return [path.resolve()]  # a link that the user names is meant to be followed
+
+
+def _iterate_folder(path: Path) -> Iterator[Path]:
+    """Yields Q files, and links to folders, which will be refused rather than passed over."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    for folder, folders, names in os.walk(path, onerror=refuse):
+        links = [name for name in folders if Path(folder, name).is_symlink()]
+        files = [name for name in names if name.lower().endswith(Q_SUFFIXES)]
+        yield from (Path(folder, name) for name in (*links, *files))
 
 
 def hash_files(files: list[Path]) -> str:
@@ -83,7 +91,7 @@ def hash_files(files: list[Path]) -> str:
     root = os.path.commonpath([file.parent for file in files])
     digest = hashlib.sha256()
     for file in files:
-        digest.update(os.path.relpath(file, root).encode() + b"\0")
+        digest.update(os.fsencode(os.path.relpath(file, root)) + b"\0")
         if stat.S_ISREG(file.lstat().st_mode) and os.access(file, os.R_OK):
             content = hashlib.sha256()
             with file.open("rb") as stream:
@@ -103,6 +111,8 @@ def iterate_documents(files: list[Path], text_field: str) -> Iterator[Document |
         if not stat.S_ISREG(file.lstat().st_mode):
             # A link would count its target twice or lead in a circle; a pipe would block.
             yield Refusal(str(file), "not_a_regular_file", "links, pipes and devices are not read")
+        elif not os.access(file, os.R_OK):
+            yield Refusal(str(file), "unreadable", "no permission to read it")
         elif file.suffix.lower() in JSONL_SUFFIXES:
             yield from _iterate_jsonl(file, text_field)
         elif file.suffix.lower() == ".parquet":
@@ -120,11 +130,7 @@ def iterate_rows(
 
 
 def _read_source(file: Path) -> Document | Refusal:
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        return Refusal(str(file), "unreadable", error.strerror or str(error))
-    text = _decode(content, str(file))
+    text = _decode(file.read_bytes(), str(file))
     return text if isinstance(text, Refusal) else _checked(text, "", str(file))
 
 
@@ -132,7 +138,9 @@ def _iterate_jsonl(file: Path, text_field: str) -> Iterator[Document | Refusal]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{file}:{number}"
-            text = _decode(line, place)
+            # A mark of the file, not of its first text.
+            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            text = _decode(content.rstrip(b"\r\n"), place)
             if isinstance(text, Refusal):
                 yield text
             elif not text.strip():
@@ -140,7 +148,7 @@ def _iterate_jsonl(file: Path, text_field: str) -> Iterator[Document | Refusal]:
             else:
                 try:
                     yield _document_of(json.loads(text), text_field, place)
-                except (json.JSONDecodeError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:
                     yield Refusal(place, "malformed_json", str(error))
 
 
@@ -150,16 +158,35 @@ def _iterate_parquet(file: Path, text_field: str) -> Iterator[Document | Refusal
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        columns = [
-            name for name in (text_field, "prompt", "completion") if name in table.schema.names
-        ]
+        has = table.schema_arrow.names
+        columns = [name for name in (text_field, "prompt", "completion") if name in has]
+        if text_field not in has and len(columns) < 2:
+            raise DataError(
+                f'{file}: has neither a column "{text_field}" nor "prompt" and "completion"; '
+                f"columns: {', '.join(has)}"
+            )
         number = 0
         for batch in table.iter_batches(batch_size=1024, columns=columns):
-            for row in batch.to_pylist():
+            for row in _iterate_parquet_rows(batch):
                 yield _document_of(row, text_field, f"{file} row {number}")
                 number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file}: not readable as Parquet: {error}") from error
+
+
+def _iterate_parquet_rows(batch: Any) -> Iterator[dict[str, Any]]:
+    """Yields a batch's rows; what is not UTF-8 becomes lone surrogates, to be refused alone."""
+    import pyarrow
+
+    columns = []
+    for column in batch.columns:
+        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+            contents = column.cast(pyarrow.large_binary()).to_pylist()
+            columns.append([c and c.decode("utf-8", "surrogateescape") for c in contents])
+        else:
+            columns.append(column.to_pylist())
+    for values in zip(*columns, strict=True):
+        yield dict(zip(batch.schema.names, values, strict=True))
 
 
 def _document_of(row: Any, text_field: str, place: str) -> Document | Refusal:
@@ -183,10 +210,11 @@ def _checked(text: str, prompt: str, place: str) -> Document | Refusal:
         return Refusal(place, "nul", "holds a NUL character; is it a binary file?")
     if not text.strip():
         return Refusal(place, "empty", "nothing but white space")
-    try:
-        (text + prompt).encode()
-    except UnicodeEncodeError as error:
-        return Refusal(place, "not_utf8", f"a lone surrogate at character {error.start}")
+    for part in (prompt, text):
+        try:
+            part.encode()
+        except UnicodeEncodeError as error:
+            return Refusal(place, "not_utf8", f"a lone surrogate at character {error.start}")
     return Document(text, prompt, place)
 
 

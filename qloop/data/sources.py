@@ -50,7 +50,8 @@ def _find_hub_sources(name: str, data: DataConfig) -> tuple[Source, Source | Non
     try:
         splits: Any = datasets.load_dataset(name, data.dataset_config_name)
     except Exception as error:  # its errors have no common base
-        raise DataError(f"dataset_name: {name} could not be loaded: {error}") from error
+        cause = f": {error.__cause__}" if error.__cause__ else ""
+        raise DataError(f"dataset_name: {name} could not be loaded: {error}{cause}") from error
     if "train" not in splits:
         raise DataError(f"dataset_name: {name} has no split train, only {', '.join(splits)}")
 

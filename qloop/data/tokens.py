@@ -156,8 +156,11 @@ def load_corpus(
             holds_out = held_out is not None or held_out_share > 0
             report = _build(sides, encoder, building, train_on_prompt, deduplicate, holds_out)
             (building / "report.json").write_text(json.dumps(report), encoding="utf-8")
-            if not folder.is_dir():  # else another process built the same in the meantime
+            try:
                 building.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process built the same in the meantime
+                    raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))

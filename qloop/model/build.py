@@ -25,7 +25,7 @@ from transformers import (
 
 from qloop.config import LoraConfig, ModelConfig
 from qloop.data.tokens import Encoder
-from qloop.errors import CheckpointError, ConfigError
+from qloop.errors import CheckpointError, ConfigError, join_names
 
 ADAPTER_METHODS = ("lora", "qlora")
 
@@ -93,14 +93,23 @@ def build_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
         return list(encoded["input_ids"])
 
     def count_bytes(ids: list[int]) -> int:
-        return len(tokenizer.decode(ids, skip_special_tokens=True).encode()) if ids else 0
+        plain = [token for token in ids if token not in tokenizer.all_special_ids]
+        if is_byte_level:  # a letter of a token's name for each byte, also of half a character
+            return sum(len(name) for name in tokenizer.convert_ids_to_tokens(plain))
+        return len(tokenizer.decode(plain).encode()) if plain else 0
 
     end_id = int(tokenizer.eos_token_id)
     # Some tokenizers put a start token before every text (Llama, Gemma), some end it themselves.
-    start_ids = [token for token in tokenizer("")["input_ids"] if token != end_id]
+    start_ids = [
+        token
+        for token in tokenizer("")["input_ids"]
+        if token != end_id or token == tokenizer.bos_token_id
+    ]
     if tokenizer.is_fast:
         definition = tokenizer.backend_tokenizer.to_str()
+        is_byte_level = '"ByteLevel"' in json.dumps(json.loads(definition)["decoder"])
     else:
+        is_byte_level = False
         definition = json.dumps(sorted(tokenizer.get_vocab().items()))
     settings = f"{type(tokenizer).__name__} {start_ids} {end_id} {definition}"
     return Encoder(
@@ -185,8 +194,8 @@ def check_sizes(model_config: PreTrainedConfig, vocabulary_size: int, max_seq_le
     text_config = model_config.get_text_config()
     if vocabulary_size > text_config.vocab_size:
         raise ConfigError(
-            f"tokenizer_name: the tokenizer has ids up to {vocabulary_size - 1}, the embedding of the "
-            f"model has {text_config.vocab_size} rows; use the tokenizer of the model"
+            f"tokenizer_name: the tokenizer has ids up to {vocabulary_size - 1}, the model's "
+            f"embedding only {text_config.vocab_size} rows; use the model's own tokenizer"
         )
     longest = getattr(text_config, "max_position_embeddings", None)
     if longest and max_seq_length > longest:
@@ -297,6 +306,9 @@ def _add_adapters(
             raise CheckpointError(f"{checkpoint}: its adapter cannot be loaded: {error}") from error
     _refuse_tied(base, lora.modules_to_save)
     targets = lora.lora_target_modules
+    _refuse_unknown_layers(base, "modules_to_save", lora.modules_to_save)
+    if targets != ("all-linear",):
+        _refuse_unknown_layers(base, "lora_target_modules", targets)
     try:
         return peft.get_peft_model(
             base,
@@ -313,18 +325,28 @@ def _add_adapters(
                 use_dora=lora.use_dora,
             ),
         )
-    except ValueError as error:
-        layers = sorted(
-            {
-                name.rsplit(".", 1)[-1]
-                for name, module in base.named_modules()
-                if not list(module.children()) and list(module.parameters(recurse=False))
-            }
-        )
+    except ValueError as error:  # a layer of a kind that cannot have an adapter
+        raise ConfigError(f"lora_target_modules: {', '.join(targets)}: {error}") from error
+
+
+def _refuse_unknown_layers(base: PreTrainedModel, key: str, names: tuple[str, ...]) -> None:
+    """PEFT complains only when no name at all matches; a single misspelt one it would pass over."""
+    layers = [name for name, _ in base.named_modules()]
+    unknown = [
+        name
+        for name in names
+        if not any(layer == name or layer.endswith(f".{name}") for layer in layers)
+    ]
+    if unknown:
+        known = {
+            layer.rsplit(".", 1)[-1]
+            for layer, module in base.named_modules()
+            if not list(module.children()) and list(module.parameters(recurse=False))
+        }
         raise ConfigError(
-            f"lora_target_modules: {', '.join(targets)}: {error}; this model's layers: "
-            f"{', '.join(layers)}"
-        ) from error
+            f"{key}: this model has no layer {join_names(unknown)}; it has "
+            f"{join_names(sorted(known), 'and')}"
+        )
 
 
 def _refuse_tied(base: PreTrainedModel, modules_to_save: tuple[str, ...]) -> None:

@@ -1,0 +1,290 @@
+"""The run's folder: how it is named, what it refuses to hold, and how its files are written."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from qloop.config import Config, load_config
+from qloop.errors import ConfigError
+from qloop.run_directory import RunDirectory, locate_run, write_atomically, write_json
+
+
+def build_config(**flags: str) -> Config:
+    return load_config(None, flags).config
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDirectory:
+    """A folder that is not there yet."""
+    return RunDirectory(tmp_path / "output" / "run")
+
+
+def refusal_of(run: RunDirectory, config: Config) -> str:
+    with pytest.raises(ConfigError) as caught:
+        run.refuse_another(config)
+    return str(caught.value)
+
+
+# Its name
+
+
+def test_the_folder_is_named_by_experiment_name():
+    config = build_config(output_dir="runs", experiment_name="my_experiment")
+    assert locate_run(config).path == Path("runs/my_experiment")
+
+
+@pytest.mark.parametrize(
+    ("model_name", "name"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "Qwen2.5-7B-Instruct"),
+        ("gpt2", "gpt2"),
+        ("/models/tiny-q", "tiny-q"),
+        ("models/tiny-q/", "tiny-q"),
+        ("output/demo/checkpoints/checkpoint-150", "checkpoint-150"),
+    ],
+)
+def test_without_experiment_name_it_is_the_short_name_of_the_model(model_name, name):
+    assert locate_run(build_config(model_name=model_name)).path == Path("output") / name
+
+
+def test_a_model_from_random_weights_has_the_name_of_its_description():
+    config = build_config(model_config_file="shapes/small.json", tokenizer_name="folder")
+    assert locate_run(config).path == Path("output/small")
+
+
+@pytest.mark.parametrize(
+    ("model_name", "name"),
+    [
+        (".", ""),
+        ("/", ""),
+        ("models/..", ".."),
+        ("models/.hidden", ".hidden"),
+        ("models/tiny q", "tiny q"),
+        ("models/" + "q" * 65, "q" * 65),
+    ],
+)
+def test_a_short_name_that_makes_no_folder_name_is_refused(model_name, name):
+    with pytest.raises(ConfigError) as caught:
+        locate_run(build_config(model_name=model_name))
+    assert str(caught.value) == (
+        f'experiment_name: the model\'s short name "{name}" makes no folder name; give one'
+    )
+
+
+def test_a_given_name_needs_no_short_name():
+    config = build_config(model_name=".", experiment_name="run")
+    assert locate_run(config).path == Path("output/run")
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "..", ".", "/abs", "a/b", "a\\b", ".hidden", "a b", "a\n", "q" * 65]
+)
+def test_an_experiment_name_cannot_leave_output_dir(name):
+    with pytest.raises(ConfigError, match="experiment_name: must match"):
+        build_config(experiment_name=name)
+
+
+@pytest.mark.parametrize("name", ["a", "1e5", "q-7b.lora_2", "q" * 64])
+def test_an_experiment_name_may_have_letters_digits_and_marks_between(name):
+    assert locate_run(build_config(experiment_name=name)).path == Path("output") / name
+
+
+def test_locating_makes_no_folder(tmp_path):
+    locate_run(build_config(output_dir=str(tmp_path / "output"), experiment_name="run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# What it holds already
+
+
+@pytest.mark.parametrize("resume", ["auto", "never", "output/a/checkpoints/checkpoint-3"])
+def test_a_new_folder_is_taken(run, resume):
+    run.refuse_another(build_config(resume=resume))
+
+
+def test_an_empty_folder_is_taken(run):
+    run.path.mkdir(parents=True)
+    run.refuse_another(build_config())
+
+
+def test_the_same_config_goes_on(run):
+    config = build_config(learning_rate="1e-4", experiment_name="run")
+    run.create(config)
+    run.refuse_another(config)
+
+
+def test_a_longer_run_with_other_reports_goes_on(run):
+    run.create(build_config(max_steps="500"))
+    run.refuse_another(build_config(max_steps="600", log_steps="1", tensorboard="true"))
+
+
+def test_other_settings_are_refused_and_shown(run):
+    run.create(build_config(max_steps="500"))
+    after = build_config(max_steps="600", learning_rate="1e-4", data_type="raw")
+    assert refusal_of(run, after) == (
+        f"{run.path}: holds another run, with other settings:\n"
+        '  data_type: "filtered" -> "raw"\n'
+        "  learning_rate: 2e-05 -> 0.0001\n"
+        "give another --experiment_name to start a new run, or its settings to go on"
+    )
+
+
+def test_resume_never_is_refused_where_a_run_is(run):
+    run.create(build_config())
+    assert refusal_of(run, build_config(resume="never")) == (
+        f"{run.path}: holds a run already, and resume is never; give another "
+        "--experiment_name, or --resume auto to go on with it"
+    )
+
+
+def test_a_folder_with_foreign_files_is_refused(run):
+    run.path.mkdir(parents=True)
+    (run.path / "thesis.tex").write_text("")
+    assert refusal_of(run, build_config()) == (
+        f"{run.path}: is in use, but has no config.yaml, so it is no run of qloop; give "
+        "another --experiment_name or --output_dir"
+    )
+
+
+def test_a_file_in_its_place_is_refused(run):
+    run.path.parent.mkdir()
+    run.path.write_text("")
+    assert refusal_of(run, build_config()).startswith(f"{run.path}: is in use")
+
+
+def test_a_run_whose_config_cannot_be_read_is_refused_by_its_name(run):
+    run.create(build_config())
+    run.config.write_text("max_steps: [500\n")
+    assert refusal_of(run, build_config()).startswith(f"{run.config}: not valid YAML: ")
+
+
+def test_a_refusal_changes_nothing(run):
+    run.create(build_config())
+    before = run.config.read_text()
+    refusal_of(run, build_config(seed="7"))
+    assert run.config.read_text() == before
+
+
+# Its files
+
+
+def test_creating_makes_every_folder(run):
+    run.create(build_config())
+    assert sorted(entry.name for entry in run.path.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "logs",
+        "results",
+    ]
+
+
+def test_the_written_config_is_the_one_that_ran(run):
+    config = build_config(learning_rate="1e-4", max_steps="500", output_dir="runs")
+    run.create(config)
+    assert load_config(run.config, {}).config == config
+
+
+def test_creating_again_keeps_what_is_there(run):
+    run.create(build_config(max_steps="500"))
+    run.metrics.write_text('{"step": 1}\n')
+    run.create(build_config(max_steps="600"))
+    assert run.metrics.read_text() == '{"step": 1}\n'
+    assert load_config(run.config, {}).config.schedule.max_steps == 600
+
+
+def test_a_folder_that_cannot_be_made_is_told_of(run):
+    run.path.parent.write_text("a file where output_dir should be")
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(run.path))}: cannot be written: "):
+        run.create(build_config())
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("config", "config.yaml"),
+        ("checkpoints", "checkpoints"),
+        ("training_log", "logs/training_log.txt"),
+        ("metrics", "logs/metrics.jsonl"),
+        ("eval_results", "logs/eval_results.json"),
+        ("data_report", "logs/data_report.json"),
+        ("results", "results"),
+        ("status", "status.json"),
+    ],
+)
+def test_each_file_has_the_place_that_people_know(run, name, place):
+    assert getattr(run, name) == run.path / place
+
+
+def test_the_status_holds_state_step_and_reason(run):
+    run.create(build_config())
+    run.write_status("stopped", 7, "SIGTERM: stopped and saved")
+    assert json.loads(run.status.read_text()) == {
+        "state": "stopped",
+        "step": 7,
+        "reason": "SIGTERM: stopped and saved",
+    }
+
+
+def test_a_status_without_reason_says_so(run):
+    run.create(build_config())
+    run.write_status("running", 0)
+    assert json.loads(run.status.read_text()) == {"state": "running", "step": 0, "reason": ""}
+
+
+def test_a_status_replaces_the_one_before(run):
+    run.create(build_config())
+    run.write_status("diverged", 1234, "step 1235: loss is nan")
+    run.write_status("finished", 9)
+    assert json.loads(run.status.read_text())["state"] == "finished"
+
+
+# Writing
+
+
+def test_a_file_is_written_whole(tmp_path):
+    file = tmp_path / "notes.txt"
+    write_atomically(file, "kdb+ \u00b5s\n")
+    assert file.read_bytes() == b"kdb+ \xc2\xb5s\n"
+
+
+def test_a_shorter_text_replaces_a_longer_one(tmp_path):
+    file = tmp_path / "notes.txt"
+    write_atomically(file, "a longer text\n")
+    write_atomically(file, "short\n")
+    assert file.read_text() == "short\n"
+
+
+def test_writing_leaves_no_temporary(tmp_path):
+    write_atomically(tmp_path / "notes.txt", "one\n")
+    write_atomically(tmp_path / "notes.txt", "two\n")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_temporary_of_a_killed_process_is_no_hindrance(tmp_path):
+    (tmp_path / ".notes.txt.tmp").write_text("half a te")
+    write_atomically(tmp_path / "notes.txt", "whole\n")
+    assert (tmp_path / "notes.txt").read_text() == "whole\n"
+
+
+def test_a_write_that_fails_keeps_the_old_content(tmp_path):
+    """A lone surrogate cannot be written as UTF-8."""
+    file = tmp_path / "notes.txt"
+    write_atomically(file, "old\n")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(file, "new " * 10_000 + "\ud800")
+    assert file.read_text() == "old\n"
+
+
+def test_a_reader_that_has_the_file_open_sees_the_old_text(tmp_path):
+    file = tmp_path / "notes.txt"
+    write_atomically(file, "old\n")
+    with file.open() as reader:
+        write_atomically(file, "new\n")
+        assert reader.read() == "old\n"
+
+
+def test_json_is_written_with_a_line_per_entry(tmp_path):
+    write_json(tmp_path / "report.json", {"read": 3, "refused": 1})
+    assert (tmp_path / "report.json").read_text() == '{\n  "read": 3,\n  "refused": 1\n}\n'
