@@ -26,7 +26,7 @@ class Isolation(NamedTuple):
     """When nothing stands in front of it: small, as other kernels may run."""
 
 
-def measure_isolation(model: PreTrainedModel, vocabulary_size: int) -> Isolation:
+def measure_isolation(model: PreTrainedModel, vocabulary_size: int, precision: str) -> Isolation:
     """Measures how far a packed document's logits depend on its neighbour in the row."""
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
@@ -43,7 +43,8 @@ def measure_isolation(model: PreTrainedModel, vocabulary_size: int) -> Isolation
 
     was_training = model.training
     model.eval()
-    with torch.no_grad():
+    uses_bf16 = precision == "bf16"
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16):
         packed = logits_behind(front)
         swapped = (packed - logits_behind(other_front)).abs().max()
         alone = (packed - _logits(model, watched, positions[1])).abs().max()
@@ -61,7 +62,7 @@ def check_isolation(model: PreTrainedModel, vocabulary_size: int, precision: str
     Raises:
         ConfigError: With the model's type and what was measured.
     """
-    measured = measure_isolation(model, vocabulary_size)
+    measured = measure_isolation(model, vocabulary_size, precision)
     limits = Isolation(1e-4, 1e-3) if precision == "fp32" else Isolation(1e-3, 5e-2)
     # Written so that NaN fails too.
     if measured.swapped <= limits.swapped and measured.alone <= limits.alone:

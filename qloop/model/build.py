@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
@@ -28,6 +31,8 @@ from qloop.data.tokens import Encoder
 from qloop.errors import CheckpointError, ConfigError, join_names
 
 ADAPTER_METHODS = ("lora", "qlora")
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError, StrictDataclassError)
+"""What transformers raises when something that a user named cannot be loaded."""
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
@@ -61,7 +66,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             revision=None if config.tokenizer_name else config.model_revision,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError, KeyError) as error:
+        if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+            # Some kinds of model get one made up, with nothing in it.
+            raise ValueError("it has no tokenizer files")
+    except LOADING_ERRORS as error:
         key = "tokenizer_name" if config.tokenizer_name else "model_name"
         raise ConfigError(_cannot_load(key, name, "tokenizer", error)) from error
     if tokenizer.eos_token_id is None:
@@ -155,10 +163,12 @@ def build_model(
         base = _load_base(config, compute_type, device)
         base.requires_grad_(False)
         _keep_trainable_on_cpu(base)
-        model = _add_adapters(base, config, lora, checkpoint)
+        model = _add_adapters(base, config, lora)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if checkpoint and config.training_method in ADAPTER_METHODS:
+        _load_adapters(model, checkpoint)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # Nothing in a frozen base asks for a gradient before the first adapter; its input has to.
@@ -181,7 +191,7 @@ def load_model_config(config: ModelConfig) -> PreTrainedConfig:
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise ConfigError(_cannot_load(key, name, "model", error)) from error
 
 
@@ -242,8 +252,9 @@ def _build_full(config: ModelConfig, checkpoint: Path | None) -> PreTrainedModel
             trust_remote_code=config.trust_remote_code,
             **_attention(config),
         )
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"model_config_file: {config.model_config_file}: {error}") from error
+    except LOADING_ERRORS as error:
+        file = str(config.model_config_file)
+        raise ConfigError(_cannot_load("model_config_file", file, "model", error)) from error
 
 
 def _load_base(
@@ -268,13 +279,20 @@ def _load_base(
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except LOADING_ERRORS as error:
         if checkpoint:
             raise CheckpointError(f"{checkpoint}: its model cannot be loaded: {error}") from error
         raise ConfigError(_cannot_load("model_name", name, "model", error)) from error
-    wrong = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            f"model_name: {name} is an adapter, not a whole model; give its base, or merge the "
+            "two first"
+        )
+    misshapen = [name for name, module in model.named_modules() if _is_misshapen(module)]
+    wrong = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"], *misshapen)))
     if wrong:
         text = f"{len(wrong)} weights are missing or of another shape, the first {wrong[0]}"
         if checkpoint:
@@ -294,21 +312,13 @@ def _keep_trainable_on_cpu(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _add_adapters(
-    base: PreTrainedModel, config: ModelConfig, lora: LoraConfig, checkpoint: Path | None
-) -> PreTrainedModel:
+def _add_adapters(base: PreTrainedModel, config: ModelConfig, lora: LoraConfig) -> PreTrainedModel:
     import peft
 
-    if checkpoint:
-        try:
-            return peft.PeftModel.from_pretrained(base, str(checkpoint), is_trainable=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{checkpoint}: its adapter cannot be loaded: {error}") from error
-    _refuse_tied(base, lora.modules_to_save)
-    targets = lora.lora_target_modules
-    _refuse_unknown_layers(base, "modules_to_save", lora.modules_to_save)
+    targets, whole = lora.lora_target_modules, lora.modules_to_save
+    _refuse_layers(base, "modules_to_save", whole)
     if targets != ("all-linear",):
-        _refuse_unknown_layers(base, "lora_target_modules", targets)
+        _refuse_layers(base, "lora_target_modules", targets)
     try:
         return peft.get_peft_model(
             base,
@@ -320,7 +330,7 @@ def _add_adapters(
                 lora_alpha=lora.lora_alpha,
                 lora_dropout=lora.lora_dropout,
                 target_modules="all-linear" if targets == ("all-linear",) else list(targets),
-                modules_to_save=list(lora.modules_to_save) or None,
+                modules_to_save=list(whole) or None,
                 use_rslora=lora.use_rslora,
                 use_dora=lora.use_dora,
             ),
@@ -329,14 +339,40 @@ def _add_adapters(
         raise ConfigError(f"lora_target_modules: {', '.join(targets)}: {error}") from error
 
 
-def _refuse_unknown_layers(base: PreTrainedModel, key: str, names: tuple[str, ...]) -> None:
-    """PEFT complains only when no name at all matches; a single misspelt one it would pass over."""
-    layers = [name for name, _ in base.named_modules()]
-    unknown = [
-        name
-        for name in names
-        if not any(layer == name or layer.endswith(f".{name}") for layer in layers)
-    ]
+def _load_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Copies a checkpoint's trained tensors into a model whose own are fp32 already.
+
+    `PeftModel.from_pretrained` would pass layers that are trained whole through the base's type,
+    and lose bits on the way.
+    """
+    import peft
+
+    file = checkpoint / "adapter_model.safetensors"
+    try:
+        tensors = load_file(file)
+        result = peft.set_peft_model_state_dict(model, tensors)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: its adapter cannot be loaded: {error}") from error
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    wrong = sorted(trained & set(result.missing_keys)) + sorted(result.unexpected_keys)
+    if wrong:
+        raise CheckpointError(
+            f"{file}: {len(wrong)} tensors are missing or not of this model, the first {wrong[0]}"
+        )
+
+
+def _refuse_layers(base: PreTrainedModel, key: str, names: tuple[str, ...]) -> None:
+    """Raises a ConfigError for names that PEFT would pass over, or train to no good.
+
+    It complains only when no name at all matches. Of a weight that is both the input and the output
+    embedding it would train one end, and a merged model would write nonsense.
+    """
+    named: dict[str, list[torch.nn.Module]] = {name: [] for name in names}
+    for layer, module in base.named_modules():
+        for name in names:
+            if layer == name or layer.endswith(f".{name}"):
+                named[name].append(module)
+    unknown = [name for name in names if not named[name]]
     if unknown:
         known = {
             layer.rsplit(".", 1)[-1]
@@ -347,23 +383,31 @@ def _refuse_unknown_layers(base: PreTrainedModel, key: str, names: tuple[str, ..
             f"{key}: this model has no layer {join_names(unknown)}; it has "
             f"{join_names(sorted(known), 'and')}"
         )
-
-
-def _refuse_tied(base: PreTrainedModel, modules_to_save: tuple[str, ...]) -> None:
-    """Two names of one weight would be trained apart, and a merged model would write nonsense."""
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if head is None or embedding.weight is not head.weight:
-        return
-    tied = [
-        name
-        for name, module in base.named_modules()
-        if module in (embedding, head) and name.rsplit(".", 1)[-1] in modules_to_save
-    ]
-    if tied:
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    if ends[1] is not None and ends[0].weight is ends[1].weight:
+        tied = [name for name in names if any(module in ends for module in named[name])]
+        if tied:
+            raise ConfigError(
+                f"{key}: {', '.join(tied)}: this model ties its input and output embeddings, and "
+                "training one of them alone would tear them apart; leave it out"
+            )
+    packed = [name for name in names if any(_is_4_bit(module) for module in named[name])]
+    if packed and key == "modules_to_save":
         raise ConfigError(
-            f"modules_to_save: {', '.join(tied)}: this model ties its input and output embeddings, "
-            "so that training a copy of one would tear them apart; leave it out"
+            f"{key}: {', '.join(packed)}: has 4 bits under qlora and cannot be trained whole; "
+            "use lora, "
+            "or name it in lora_target_modules"
         )
+
+
+def _is_misshapen(module: torch.nn.Module) -> bool:
+    """Whether a 4-bit layer was made of a weight of another shape; transformers does not look."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return state is not None and tuple(state.shape) != (module.out_features, module.in_features)
+
+
+def _is_4_bit(module: torch.nn.Module) -> bool:
+    return any(type(p).__name__ == "Params4bit" for p in module.parameters())
 
 
 def _attention(config: ModelConfig) -> dict[str, Any]:
@@ -373,4 +417,5 @@ def _attention(config: ModelConfig) -> dict[str, Any]:
 def _cannot_load(key: str, name: str, what: str, error: Exception) -> str:
     reason = inspect.cleandoc(str(error)).splitlines()[0] if str(error) else type(error).__name__
     where = "a folder here" if Path(name).exists() else "no folder here, so a name on the hub"
+    reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
     return f"{key}: no {what} could be loaded from {name} ({where}): {reason}"
