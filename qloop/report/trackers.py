@@ -123,6 +123,8 @@ class _Wandb(_Sink):
         try:
             self._run = wandb.init(**options)
         except Exception as error:
+            # Its service still tries, and would refuse the id a second time.
+            wandb.teardown()
             self._run = wandb.init(**options, mode="offline")
             say(
                 f"W&B cannot be reached ({error}); this part is written to {logs / 'wandb'}: "
