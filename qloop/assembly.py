@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from transformers import PreTrainedTokenizerBase
 
 from qloop.checkpoint.manager import Checkpoint, CheckpointManager, read_checkpoint
-from qloop.config import Config, find_changes
+from qloop.config import Config, ModelConfig, find_changes
 from qloop.data.packing import BlockIndex, pack_best_fit, pack_wrapped
 from qloop.data.sources import find_sources
 from qloop.data.tokens import TokenStore, load_corpus
@@ -133,24 +133,18 @@ def assemble(config: Config, notes: list[str]) -> Assembly:
         checkpoints.restore_optimizer(checkpoint, model, optimizer)
 
     report = Reporter(run, config, progress.step, last_step, accelerator.is_main_process)
-    total, trained = count_parameters(model)
-    report.say(
-        "\n".join(
-            [
-                *notes,
-                f"run        {run.path}",
-                *describe_ledger(ledger, corpus.was_cached),
-                f"model      {config.model.model_config_file or config.model.model_name}: "
-                f"{total:,} "
-                f"parameters, {trained:,} trained ({config.model.training_method}, {precision}, "
-                f"{accelerator.device.type} x {accelerator.num_processes})",
-                f"isolation  packed documents do not see each other (logits move by "
-                f"{isolation.swapped:.0e}, alone {isolation.alone:.0e})",
-                f"steps      {progress.step} of {last_step} made"
-                + (f"; going on from {checkpoint.path}" if checkpoint else ""),
-            ]
-        )
-    )
+    going_on = f"; going on from {checkpoint.path}" if checkpoint else ""
+    opening_lines = [
+        *notes,
+        f"run        {run.path}",
+        *describe_ledger(ledger, corpus.was_cached),
+        describe_model(config.model, model, precision, accelerator),
+        "isolation  packed documents do not see each other (logits move by "
+        f"{isolation.swapped:.0e}, "
+        f"alone {isolation.alone:.0e})",
+        f"steps      {progress.step} of {last_step} made{going_on}",
+    ]
+    report.say("\n".join(opening_lines))
     return Assembly(
         config, run, accelerator, tokenizer, corpus.train, index, held_out, model, optimizer,
         progress, checkpoints, fingerprints, report, last_step,
@@ -183,6 +177,18 @@ def build_accelerator(config: Config) -> Accelerator:
             "whole model), or use lora or qlora"
         )
     return accelerator
+
+
+def describe_model(
+    config: ModelConfig, model: torch.nn.Module, precision: str, accelerator: Accelerator
+) -> str:
+    """Says in the opening lines what is trained, and on what."""
+    total, trained = count_parameters(model)
+    return (
+        f"model      {config.model_config_file or config.model_name}: {total:,} parameters, "
+        f"{trained:,} trained ({config.training_method}, {precision}, "
+        f"{accelerator.device.type} x {accelerator.num_processes})"
+    )
 
 
 def choose_checkpoint(

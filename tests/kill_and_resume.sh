@@ -2,18 +2,19 @@
 # On real Q files: trains each method, trains it again with a kill -9 in the middle and a restart, and
 # compares losses and saved tensors to the last bit. Prints a table with the token ledger.
 #
-#   bash tests/kill_and_resume.sh CORPUS [STEPS]      # CORPUS: a folder of .q and .k files
+#   bash tests/kill_and_resume.sh CORPUS [STEPS [MAX_SEQ_LENGTH]]   # a folder of .q and .k files; 60, 2048
 #
 # The base of lora and qlora is the model that the full run trains first, from the embedded config.
 set -euo pipefail
 corpus=$(realpath "$1")
 steps=${2:-60}
+length=${3:-2048}
 cd "$(dirname "$0")/.."
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 export HF_HUB_OFFLINE=1
 keys="--config configs/demo.toml --output_dir $out --train_file $corpus --max_steps $steps
-    --save_steps 10 --eval_steps 0 --num_samples 0 --max_seq_length 2048 --batch_size 1
+    --save_steps 10 --eval_steps 0 --num_samples 0 --max_seq_length $length --batch_size 1
     --learning_rate 2e-3"
 
 # Adapters need a base: demo.toml names a model from random weights instead, so its line is left out.

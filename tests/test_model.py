@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
@@ -76,15 +77,6 @@ def build(
         training_method=method, **{"gradient_checkpointing": False, **place, **keys}
     )
     return build_model(model, LoraConfig(**lora), precision, CPU, seed, checkpoint)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny tensors gain nothing from several, which wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -307,6 +299,50 @@ def test_a_mask_or_a_cache_makes_documents_see_each_other_and_no_error_tells(bas
         trapped = model(input_ids=row.input_ids, position_ids=row.position_ids, **trap)
     assert (ours - alone).abs().max() < 1e-5 * alone.abs().max()
     assert (trapped.logits[:, -7:] - alone).abs().max() > 0.1 * alone.abs().max()
+
+
+@every_architecture
+def test_models_that_keep_documents_apart_are_taken_in_bf16_too(bases, architecture):
+    """Where other kernels round otherwise: alone, logits may move in the third digit."""
+    check_isolation(build(bases(architecture)), VOCABULARY, "bf16")
+
+
+class Neighbours(torch.nn.Module):
+    """Logits of each token alone, plus a little of where it stands and of what stood before it."""
+
+    def __init__(self, of_place: float, of_others: float) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.table = torch.nn.Parameter(torch.randn(VOCABULARY, 8, generator=generator))
+        self.of_place, self.of_others = of_place, of_others
+        self.config = SimpleNamespace(model_type="neighbours")
+
+    def forward(self, input_ids, position_ids, use_cache):
+        own = self.table[input_ids]
+        count = torch.arange(1, input_ids.shape[1] + 1)[:, None]
+        others = own.cumsum(dim=1) / count
+        return SimpleNamespace(logits=own + self.of_place * count + self.of_others * others)
+
+
+def test_a_model_that_counts_from_the_start_of_the_row_is_refused():
+    """Its documents do not see each other, but know how much stands in front of them."""
+    model = Neighbours(of_place=0.01, of_others=0.0)
+    assert measure_isolation(model, VOCABULARY, "fp32").swapped == 0.0
+    with pytest.raises(ConfigError, match="neighbours"):
+        check_isolation(model, VOCABULARY, "fp32")
+
+
+def test_a_model_that_leaks_less_than_other_kernels_may_differ_is_refused():
+    """Alone it would pass; no kernel explains a change of what stands in front."""
+    model = Neighbours(of_place=0.0, of_others=0.0015)
+    assert measure_isolation(model, VOCABULARY, "fp32").alone < 1e-3
+    with pytest.raises(ConfigError, match="neighbours"):
+        check_isolation(model, VOCABULARY, "fp32")
+
+
+def test_a_model_of_single_tokens_is_taken():
+    model = Neighbours(of_place=0.0, of_others=0.0)
+    assert check_isolation(model, VOCABULARY, "fp32") == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf"])
@@ -538,7 +574,7 @@ def test_layers_trained_whole_get_a_gradient_under_autocast(bases):
 
 @pytest.mark.parametrize("layer", ["lm_head", "embed_tokens", "norm"])
 def test_layers_trained_whole_pass_the_isolation_check_with_a_bf16_base(bases, layer):
-    """As every run with bf16 does, outside of autocast."""
+    """As in every run with bf16: before accelerate wraps the model in autocast."""
     model = build(
         bases(), "lora", "bf16", modules_to_save=(layer,), lora_target_modules=("q_proj",)
     )
@@ -744,6 +780,12 @@ def test_a_checkpoint_with_an_adapter_of_another_shape_is_refused(bases, tmp_pat
     change_tensors(tmp_path / "adapter_model.safetensors", change)
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
         build(bases(), "lora", checkpoint=tmp_path)
+
+
+def test_a_checkpoint_with_an_adapter_that_the_model_has_not_is_refused(bases, tmp_path):
+    save_adapters(build(bases(), "lora"), tmp_path)
+    with pytest.raises(CheckpointError, match="tensors are missing or not of this model"):
+        build(bases(), "lora", checkpoint=tmp_path, lora_target_modules=("q_proj",))
 
 
 @pytest.mark.parametrize(("method", "file"), [("full", "model"), ("lora", "adapter_model")])
