@@ -3,6 +3,7 @@
 Heavy imports happen inside the commands, so that `qloop --help` answers at once.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,10 @@ def train(ctx: click.Context, /, config_file: Path | None, **flags: str | None) 
         raise click.UsageError(f"unexpected {' '.join(stray)}; every value follows its --flag")
     typed = {name: value for name, value in flags.items() if value is not None}
     config, origins = load_config(config_file, {**typed, **unknown})
+
+    # Before torch is imported. On a machine with other work, threads that wait busily for each other
+    # make a step several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     from qloop.report.console import quieten_libraries
     from qloop.train import train as run_training
