@@ -75,8 +75,8 @@ def train(ctx: click.Context, /, config_file: Path | None, **flags: str | None) 
     typed = {name: value for name, value in flags.items() if value is not None}
     config, origins = load_config(config_file, {**typed, **unknown})
 
-    # Before torch is imported. On a machine with other work, threads that wait busily for each other
-    # make a step several times slower.
+    # Before torch is imported. Threads that wait busily for each other make a step several times
+    # slower on a machine that has other work too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     from qloop.report.console import quieten_libraries

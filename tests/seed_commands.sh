@@ -2,7 +2,7 @@
 # The commands that qloop was asked for, as they were written, each in a short form: a tiny trained
 # model in the base's place, three steps instead of hundreds.
 #
-#   bash tests/seed_commands.sh MODEL        # a folder, such as output/demo/checkpoints/checkpoint-150
+#   bash tests/seed_commands.sh MODEL        # a folder, such as output/demo/checkpoints/checkpoint-120
 set -euo pipefail
 model=$(realpath "$1")
 root=$(realpath "$(dirname "$0")/..")
