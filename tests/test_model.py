@@ -1088,3 +1088,31 @@ def test_adapters_are_counted_beside_the_base(bases):
     model = build(bases(), "lora", lora_rank=4, lora_target_modules=("q_proj", "k_proj"))
     adapters = 2 * (4 * (32 + 32) + 4 * (32 + 16))
     assert count_parameters(model) == (base + adapters, adapters)
+
+
+@pytest.mark.parametrize("max_seq_length", [128, 129])
+def test_rotary_positions_that_depend_on_the_neighbours_are_refused(max_seq_length):
+    config = transformers.Qwen2Config(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=256,
+        rope_parameters={
+            "rope_type": "dynamic",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "original_max_position_embeddings": 128,
+        },
+    )
+    if max_seq_length <= 128:
+        check_sizes(config, VOCABULARY, max_seq_length)
+    else:
+        with pytest.raises(ConfigError, match=r"at most 128, .*dynamic.*got 129"):
+            check_sizes(config, VOCABULARY, max_seq_length)
+
+
+def test_a_4_bit_base_with_other_scales_has_another_fingerprint(bases):
+    model = build(bases(), "qlora")
+    before = fingerprint_weights(model)
+    for parameter in model.parameters():
+        if hasattr(parameter, "quant_state"):
+            parameter.quant_state.state2.absmax.mul_(2)
+    assert fingerprint_weights(model) != before

@@ -213,6 +213,16 @@ def check_sizes(model_config: PreTrainedConfig, vocabulary_size: int, max_seq_le
             f"max_seq_length: must be at most {longest}, the model's longest context, "
             f"got {max_seq_length}"
         )
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or longest
+    # These take their scale from the longest document of the whole batch, so that beyond the
+    # original context one document would change its neighbours.
+    is_shared = rope.get("rope_type") in ("dynamic", "longrope")
+    if is_shared and original and max_seq_length > original:
+        raise ConfigError(
+            f"max_seq_length: must be at most {original}, since beyond it this model's rotary "
+            f"positions ({rope['rope_type']}) depend on the other documents, got {max_seq_length}"
+        )
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
@@ -226,7 +236,7 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def fingerprint_weights(model: torch.nn.Module) -> str:
-    """Hashes names, types, shapes and a spread of up to 256 values of every frozen tensor.
+    """Hashes names, types, shapes and a spread of some hundred values of every frozen tensor.
 
     It tells one base from another, or from a fine-tuned one, in milliseconds; it does not protect
     from someone who changes single weights on purpose.
@@ -239,6 +249,11 @@ def fingerprint_weights(model: torch.nn.Module) -> str:
         flat = parameter.detach().reshape(-1)
         values = flat[:: max(1, flat.numel() // 256)].double().tolist()
         digest.update(struct.pack(f"{len(values)}d", *values))
+        scales = getattr(parameter, "quant_state", None)  # of a 4-bit weight
+        if scales is not None:
+            digest.update(scales.absmax.double().cpu().numpy().tobytes())
+            nested = scales.state2.absmax.double().cpu().numpy().tobytes() if scales.nested else b""
+            digest.update(nested)
     return digest.hexdigest()
 
 
