@@ -43,16 +43,16 @@ def build_base(folder: Path, hidden_size: int) -> None:
     transformers.AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
 
 
-def run(base: Path, out: Path, method: str, steps: int, last_step: int, on_gpu: bool) -> list[dict]:
-    """Trains some steps of a schedule; returns the lines of metrics.jsonl."""
+def run(base: Path, out: Path, method: str, steps: int, length: int, on_gpu: bool) -> list[dict]:
+    """Trains some steps on blocks of some length; returns the lines of metrics.jsonl."""
     name = f"{method}-{'gpu' if on_gpu else 'cpu'}"
     learning_rate = "1e-4" if method == "full" else "1e-3"
     command = [
         *(sys.executable, "-m", "qloop", "train", "--model_name", str(base)),
         *("--train_file", str(ROOT / "qloop/demo/corpus"), "--output_dir", str(out)),
-        *("--experiment_name", name, "--training_method", method, "--max_seq_length", "1024"),
+        *("--experiment_name", name, "--training_method", method, "--max_seq_length", str(length)),
         *("--batch_size", "2", "--gradient_accumulation_steps", "2", "--warmup_steps", "5"),
-        *("--learning_rate", learning_rate, "--max_steps", str(last_step), "--eval_steps", "0"),
+        *("--learning_rate", learning_rate, "--max_steps", str(steps), "--eval_steps", "0"),
         *("--save_steps", str(steps), "--num_samples", "0", "--held_out_share", "0.1"),
     ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--cpu_steps", type=int, default=3)
     parser.add_argument("--hidden_size", type=int, default=896)
+    parser.add_argument("--max_seq_length", type=int, default=1024)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     out = arguments.out or Path(tempfile.mkdtemp())
@@ -78,10 +79,11 @@ def main() -> None:
     build_base(base, arguments.hidden_size)
     rows = []
     for method in ("full", "lora", "qlora"):
-        gpu = run(base, out, method, arguments.steps, arguments.steps, on_gpu=has_gpu)
+        length = arguments.max_seq_length
+        gpu = run(base, out, method, arguments.steps, length, on_gpu=has_gpu)
         # The CPU makes fewer steps of the same warm-up, so that its rates are the same.
         last_step = max(arguments.cpu_steps, 6)
-        cpu = run(base, out / "cpu", method, last_step, last_step, on_gpu=False)
+        cpu = run(base, out / "cpu", method, last_step, length, on_gpu=False)
         first = [f"{g['loss']:.4f} / {c['loss']:.4f}" for g, c in zip(gpu, cpu, strict=False)][
             : arguments.cpu_steps
         ]
