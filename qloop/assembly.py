@@ -140,8 +140,7 @@ def assemble(config: Config, notes: list[str]) -> Assembly:
         *describe_ledger(ledger, corpus.was_cached),
         describe_model(config.model, model, precision, accelerator),
         "isolation  packed documents do not see each other (logits move by "
-        f"{isolation.swapped:.0e}, "
-        f"alone {isolation.alone:.0e})",
+        f"{isolation.swapped:.0e}, alone {isolation.alone:.0e})",
         f"steps      {progress.step} of {last_step} made{going_on}",
     ]
     report.say("\n".join(opening_lines))
@@ -219,8 +218,7 @@ def choose_checkpoint(
     if newest and read_checkpoint(newest).progress.step > checkpoint.progress.step:
         raise ConfigError(
             f"resume: {path} is older than {newest}, whose steps would be written anew; give "
-            "another "
-            "--experiment_name to branch off, or --resume auto to go on from the newest"
+            "another --experiment_name to branch off, or --resume auto to go on from the newest"
         )
     return checkpoint
 
@@ -235,8 +233,7 @@ def refuse_other_origins(checkpoint: Checkpoint, fingerprints: dict[str, str]) -
     if other:
         raise ConfigError(
             f"{checkpoint.path}: the {join_names(other, 'and')} changed since it was saved, so "
-            "going on "
-            "would make another run of it; bring back what was there, or give another "
+            "going on would make another run of it; bring back what was there, or give another "
             "--experiment_name"
         )
 
@@ -258,8 +255,7 @@ def count_steps(config: Config, num_blocks: int, num_processes: int) -> int:
             "one step "
             f"reads {step_blocks} (batch_size {batch.batch_size} x gradient_accumulation_steps "
             f"{batch.gradient_accumulation_steps} x {num_processes} processes); lower one of "
-            "them or "
-            "max_seq_length, or give more documents"
+            "them or max_seq_length, or give more documents"
         )
     limits = [schedule.max_steps] if schedule.max_steps else []
     if schedule.num_epochs:

@@ -444,8 +444,7 @@ def _find_contradictions(
         yield (
             ("training_method", "model_config_file"),
             f"{model.training_method} adapts a base, but model_config_file starts from random "
-            "weights; "
-            "use full, or give model_name instead",
+            "weights; use full, or give model_name instead",
         )
     if model.model_config_file and model.tokenizer_name is None:
         yield ("model_config_file", "tokenizer_name"), "needs tokenizer_name beside it"

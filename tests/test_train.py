@@ -313,3 +313,12 @@ def test_the_written_config_starts_the_same_run_again(make_config):
     train(config, [])
     written = load_config(config.run.output_dir / "run/config.yaml", {}).config
     assert written == config
+
+
+@pytest.mark.parametrize("key", [{"deterministic": "true"}, {"attention": "eager"}])
+def test_kernels_of_another_choice_change_nothing_but_rounding(make_config, key):
+    one, other = make_config(), make_config(experiment_name="other", **key)
+    train(one, [])
+    train(other, [])
+    for mine, theirs in zip(read_steps(one), read_steps(other), strict=True):
+        assert mine[1] == pytest.approx(theirs[1], abs=1e-4)

@@ -103,8 +103,7 @@ class CheckpointManager:
                 filesystem.remove_unfinished(self._folder)
                 raise CheckpointError(
                     f"{path}: could not be saved: {error}; older checkpoints are untouched; "
-                    "make room "
-                    "and type the same command again"
+                    "make room and type the same command again"
                 ) from error
             for old in self.list()[: -self._keep]:
                 filesystem.remove(old)
@@ -142,8 +141,7 @@ class CheckpointManager:
         if empty:
             raise CheckpointError(
                 f"{checkpoint.path / _OPTIMIZER}: has no moments of {len(empty)} trained "
-                "parameters, "
-                f"the first {empty[0]}"
+                f"parameters, the first {empty[0]}"
             )
         for name, parameter in trained.items():
             optimizer.state[parameter] = moments[name]

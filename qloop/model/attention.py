@@ -71,10 +71,8 @@ def check_isolation(model: PreTrainedModel, vocabulary_size: int, precision: str
         f"model_name: {model.config.model_type} lets packed documents see each other: with another "
         f"document in front, logits change by {measured.swapped:.1e} of their size (limit "
         f"{limits.swapped:.0e}), with none by {measured.alone:.1e} (limit {limits.alone:.0e}); "
-        "it keeps "
-        "a state over the row or reads no position_ids, and cannot be trained on packed "
-        "blocks; choose a "
-        "model with plain attention, or try --attention eager"
+        "it keeps a state over the row or reads no position_ids, and cannot be trained on packed "
+        "blocks; choose a model with plain attention, or try --attention eager"
     )
 
 

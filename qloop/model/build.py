@@ -410,8 +410,7 @@ def _refuse_layers(base: PreTrainedModel, key: str, names: tuple[str, ...]) -> N
     if packed and key == "modules_to_save":
         raise ConfigError(
             f"{key}: {', '.join(packed)}: has 4 bits under qlora and cannot be trained whole; "
-            "use lora, "
-            "or name it in lora_target_modules"
+            "use lora, or name it in lora_target_modules"
         )
 
 
