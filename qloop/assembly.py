@@ -1,20 +1,29 @@
 """Puts the parts of a run together, in the order in which they can fail cheapest."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from transformers import PreTrainedTokenizerBase
 
-from qloop.checkpoint.manager import Checkpoint, CheckpointManager, read_checkpoint
-from qloop.config import Config, ModelConfig, find_changes
+from qloop.checkpoint.filesystem import FileSystem
+from qloop.checkpoint.manager import (
+    Checkpoint,
+    CheckpointManager,
+    Origins,
+    restore_optimizer,
+)
+from qloop.checkpoint.store import CheckpointStore
+from qloop.config import Config, ModelConfig
 from qloop.data.packing import BlockIndex, pack_best_fit, pack_wrapped
 from qloop.data.sources import find_sources
 from qloop.data.tokens import TokenStore, load_corpus
-from qloop.errors import ConfigError, DataError, join_names
+from qloop.errors import ConfigError, DataError
+from qloop.lock import RunLock
 from qloop.model.attention import check_isolation
 from qloop.model.build import (
     build_encoder,
@@ -26,10 +35,13 @@ from qloop.model.build import (
     load_model_config,
     load_tokenizer,
 )
+from qloop.model.saving import collect_files
 from qloop.optimizer import build_optimizer
 from qloop.progress import Progress
+from qloop.ranks import on_main
 from qloop.report.ledger import describe_corpus, describe_ledger
 from qloop.report.reporter import Reporter
+from qloop.resume import choose_checkpoint, refuse_other_origins
 from qloop.run_directory import RunDirectory, locate_run, write_json
 from qloop.seeds import use_deterministic_kernels
 
@@ -50,6 +62,7 @@ class Assembly:
 
     config: Config
     run: RunDirectory
+    lock: RunLock
     accelerator: Accelerator
     tokenizer: PreTrainedTokenizerBase
     store: TokenStore
@@ -59,9 +72,13 @@ class Assembly:
     optimizer: torch.optim.Optimizer
     progress: Progress
     checkpoints: CheckpointManager
-    fingerprints: dict[str, str]
     report: Reporter
     last_step: int
+
+    def close(self) -> None:
+        """Ends the reports, and lets others use the run's folder."""
+        self.report.close()
+        self.lock.release()
 
 
 def assemble(config: Config, notes: list[str]) -> Assembly:
@@ -72,14 +89,37 @@ def assemble(config: Config, notes: list[str]) -> Assembly:
         notes: Lines that the person should see at the start.
 
     Raises:
-        QloopError: Something named by the config cannot be used; see the parts.
+        QloopError: Something named by the config cannot be used; see the parts. The run's folder is
+            free again.
     """
     accelerator = build_accelerator(config)
     run = locate_run(config)
-    checkpoints = CheckpointManager(
-        run.checkpoints, config.checkpoint.keep_checkpoints, accelerator
-    )
-    checkpoint = choose_checkpoint(config, run, checkpoints)
+    with _locked_until_assembled(run, accelerator) as lock:
+        return _assemble(config, run, lock, accelerator, list(notes))
+
+
+@contextlib.contextmanager
+def _locked_until_assembled(run: RunDirectory, accelerator: Accelerator) -> Iterator[RunLock]:
+    lock = RunLock(run.path)
+    on_main(accelerator, lock.acquire)
+    try:
+        yield lock
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _assemble(
+    config: Config, run: RunDirectory, lock: RunLock, accelerator: Accelerator, notes: list[str]
+) -> Assembly:
+    store = CheckpointStore(run.checkpoints, FileSystem(), lock.check)
+
+    def choose() -> Checkpoint | None:
+        run.refuse_another(config)
+        return choose_checkpoint(config, store, notes.append)
+
+    checkpoint = on_main(accelerator, choose)
+    progress = checkpoint.progress if checkpoint else Progress()
 
     sources = find_sources(config.data)
     tokenizer = load_tokenizer(config.model)
@@ -100,7 +140,8 @@ def assemble(config: Config, notes: list[str]) -> Assembly:
     if corpus.held_out:
         positions = corpus.held_out.positions
         held_out = HeldOut(corpus.held_out, pack_best_fit(positions, config.data.max_seq_length))
-    last_step = count_steps(config, len(index), accelerator.num_processes)
+    step_blocks = count_step_blocks(config, accelerator.num_processes)
+    last_step = count_steps(config, len(index), step_blocks, progress)
 
     precision = choose_precision(config.model.precision, accelerator.device)
     model = build_model(
@@ -117,22 +158,25 @@ def assemble(config: Config, notes: list[str]) -> Assembly:
         "tokenizer": encoder.fingerprint,
         "frozen_weights": fingerprint_weights(model),
     }
+    origins = Origins(config.model_dump(mode="json"), fingerprints, step_blocks)
     if checkpoint:
-        refuse_other_origins(checkpoint, fingerprints)
+        refuse_other_origins(checkpoint, origins, config.run.allow_change)
 
-    held_out_index = held_out.index if held_out else None
-    ledger = describe_corpus(corpus, index, held_out_index)
+    ledger = describe_corpus(corpus, index, held_out.index if held_out else None)
     if accelerator.is_main_process:
         run.create(config)
         write_json(run.data_report, ledger)
     accelerator.wait_for_everyone()
+    files = collect_files(model, tokenizer)
     optimizer = build_optimizer(model, config.optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
-    progress = checkpoint.progress if checkpoint else Progress()
     if checkpoint:
-        checkpoints.restore_optimizer(checkpoint, model, optimizer)
+        restore_optimizer(checkpoint, accelerator.unwrap_model(model), optimizer)
 
     report = Reporter(run, config, progress.step, last_step, accelerator.is_main_process)
+    checkpoints = CheckpointManager(
+        store, config.checkpoint, accelerator, origins, files, report.say
+    )
     going_on = f"; going on from {checkpoint.path}" if checkpoint else ""
     opening_lines = [
         *notes,
@@ -142,11 +186,12 @@ def assemble(config: Config, notes: list[str]) -> Assembly:
         "isolation  packed documents do not see each other (logits move by "
         f"{isolation.swapped:.0e}, alone {isolation.alone:.0e})",
         f"steps      {progress.step} of {last_step} made{going_on}",
+        *checkpoints.warn_of_space(model, progress.step, last_step),
     ]
     report.say("\n".join(opening_lines))
     return Assembly(
-        config, run, accelerator, tokenizer, corpus.train, index, held_out, model, optimizer,
-        progress, checkpoints, fingerprints, report, last_step,
+        config, run, lock, accelerator, tokenizer, corpus.train, index, held_out, model, optimizer,
+        progress, checkpoints, report, last_step,
     )  # fmt: skip
 
 
@@ -190,77 +235,45 @@ def describe_model(
     )
 
 
-def choose_checkpoint(
-    config: Config, run: RunDirectory, checkpoints: CheckpointManager
-) -> Checkpoint | None:
-    """Finds what to go on from, and makes sure that it is this run's.
-
-    Raises:
-        ConfigError: The folder or the checkpoint belongs to another run, or going on would
-            overwrite steps.
-        CheckpointError: There is no such checkpoint.
-    """
-    resume = config.run.resume
-    run.refuse_another(config)
-    newest = checkpoints.newest()
-    if resume == "never":
-        return None
-    path = newest if resume == "auto" else Path(resume)
-    if path is None:
-        return None
-    checkpoint = read_checkpoint(path)
-    changes = find_changes(Config.model_validate(checkpoint.config), config)
-    if changes:
-        raise ConfigError(
-            f"{path}: was made with other settings:\n  " + "\n  ".join(changes) + "\n"
-            "take its own values to go on with it"
-        )
-    if newest and read_checkpoint(newest).progress.step > checkpoint.progress.step:
-        raise ConfigError(
-            f"resume: {path} is older than {newest}, whose steps would be written anew; give "
-            "another --experiment_name to branch off, or --resume auto to go on from the newest"
-        )
-    return checkpoint
+def count_step_blocks(config: Config, num_processes: int) -> int:
+    """Says how many blocks a step reads, over all ranks."""
+    return config.batch.batch_size * config.batch.gradient_accumulation_steps * num_processes
 
 
-def refuse_other_origins(checkpoint: Checkpoint, fingerprints: dict[str, str]) -> None:
-    """Raises a ConfigError if the corpus, the tokenizer or the frozen base is another now."""
-    other = [
-        name.replace("_", " ")
-        for name, value in fingerprints.items()
-        if checkpoint.fingerprints.get(name) != value
-    ]
-    if other:
-        raise ConfigError(
-            f"{checkpoint.path}: the {join_names(other, 'and')} changed since it was saved, so "
-            "going on would make another run of it; bring back what was there, or give another "
-            "--experiment_name"
-        )
-
-
-def count_steps(config: Config, num_blocks: int, num_processes: int) -> int:
+def count_steps(config: Config, num_blocks: int, step_blocks: int, progress: Progress) -> int:
     """Says at which step the run ends: at max_steps or after num_epochs, whichever is first.
 
     The last step of an epoch may read on into the next, so that every block is read.
 
+    Args:
+        config: With the two limits.
+        num_blocks: Blocks of the corpus.
+        step_blocks: Blocks that a step reads from now on.
+        progress: Steps made and blocks seen so far.
+
     Raises:
         DataError: The corpus is smaller than one step.
-        ConfigError: The warm-up would not end before the run does.
+        ConfigError: The warm-up would not end before the run does, or that end has passed already.
     """
     batch, schedule = config.batch, config.schedule
-    step_blocks = batch.batch_size * batch.gradient_accumulation_steps * num_processes
     if num_blocks < step_blocks:
         raise DataError(
             f"the corpus fills {num_blocks} blocks of {config.data.max_seq_length} tokens, but "
             "one step "
             f"reads {step_blocks} (batch_size {batch.batch_size} x gradient_accumulation_steps "
-            f"{batch.gradient_accumulation_steps} x {num_processes} processes); lower one of "
-            "them or max_seq_length, or give more documents"
+            f"{batch.gradient_accumulation_steps} on every process); lower one of them or "
+            "max_seq_length, or give more documents"
         )
     limits = [schedule.max_steps] if schedule.max_steps else []
     if schedule.num_epochs:
-        limits.append(math.ceil(schedule.num_epochs * num_blocks / step_blocks))
+        left = schedule.num_epochs * num_blocks - progress.blocks_seen
+        limits.append(progress.step + math.ceil(left / step_blocks))
     last_step = min(limits, default=1000)
+    if last_step < progress.step:
+        raise ConfigError(
+            f"max_steps: the run has made {progress.step} steps already and would end at "
+            f"{last_step}; give more, or another --experiment_name"
+        )
     if schedule.warmup_steps >= last_step:
         raise ConfigError(
             f"warmup_steps: must be below the run's {last_step} steps, got {schedule.warmup_steps}"

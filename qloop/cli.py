@@ -3,7 +3,9 @@
 Heavy imports happen inside the commands, so that `qloop --help` answers at once.
 """
 
+import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import click
 
 from qloop import __version__
 from qloop.errors import QloopError
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class TrainCommand(click.Command):
@@ -68,6 +72,7 @@ def train(ctx: click.Context, /, config_file: Path | None, **flags: str | None) 
     """
     from qloop.config import describe_unused, load_config
 
+    _stop_with_launcher()
     unknown = {text.lstrip("-").split("=")[0]: "" for text in ctx.args if text.startswith("-")}
     stray = [text for text in ctx.args if not text.startswith("-")]
     if stray and not unknown:
@@ -101,6 +106,17 @@ def main() -> None:
             "interrupted; the newest checkpoint is whole, the same command goes on", file=sys.stderr
         )
         sys.exit(130)
+
+
+def _stop_with_launcher() -> None:
+    """Asks Linux for a SIGTERM when `accelerate launch` ends before this process does.
+
+    With one process, the launcher passes no signal on; with several, it passes on some and ends at
+    others. Without a launcher there is nothing to follow: a run may outlive its shell.
+    """
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if is_launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _build_flag(name: str, field: Any) -> click.Option:

@@ -48,8 +48,13 @@ class RunConfig(Section):
     seed: int = Field(42, ge=0, lt=2**32, description="decides data order, dropout and new weights")
     resume: str = Field(
         "auto",
-        description="auto: go on from the newest checkpoint; never: start only where no run is; "
-        "or the path of a checkpoint",
+        description="auto: go on from the newest good checkpoint; never: start only where no run "
+        "is; restart: start at step 0 where all checkpoints are damaged; or a checkpoint's path",
+    )
+    allow_change: Names = Field(
+        (),
+        description="keys that may differ from the run's so far, and corpus, tokenizer, "
+        "frozen_weights or step_blocks",
     )
     deterministic: bool = Field(
         False, description="only deterministic GPU kernels, slower; a CPU run always repeats itself"
@@ -199,7 +204,17 @@ class CheckpointConfig(Section):
 
     save_steps: int = Field(50, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(
-        3, ge=2, description="newest checkpoints to keep; at least 2, as the last may be incomplete"
+        3, ge=2, description="newest good checkpoints to keep; at least 2, as one may get damaged"
+    )
+    keep_every: int = Field(
+        0, ge=0, description="keep those of every so many steps too, for good; 0: none"
+    )
+    keep_best: bool = Field(True, description="keep the one of the lowest held-out loss too")
+    async_checkpoint: bool = Field(
+        True, description="write behind the loop, from a copy in host memory, where that fits"
+    )
+    max_failed_saves: int = Field(
+        3, gt=0, description="saves that may fail in a row, on a full disk, before the run ends"
     )
 
 
@@ -251,10 +266,14 @@ ALIASES = {"base_model": "model_name"}
 MAY_CHANGE = frozenset(
     {
         *("experiment_name", "output_dir", "resume", "cache_dir", "max_steps", "num_epochs"),
-        *("eval_steps", "eval_batch_size", "num_samples", "sample_tokens"),
-        *("save_steps", "keep_checkpoints", "log_steps", "wandb", "wandb_project", "tensorboard"),
+        *("eval_steps", "eval_batch_size", "num_samples", "sample_tokens", "allow_change"),
+        *CheckpointConfig.model_fields,
+        *ReportConfig.model_fields,
     }
 )
+
+# What else a run is made of, as a checkpoint holds it; allow_change takes these names too.
+ORIGINS = ("corpus", "tokenizer", "frozen_weights", "step_blocks")
 
 WANDB_KEYS = ("wandb_project",)
 DATA_DIR_KEYS = ("data_dir", "data_type")
@@ -327,10 +346,13 @@ def describe_unused(config: Config, origins: Mapping[str, str]) -> list[str]:
 
 
 def find_changes(before: Config, after: Config) -> list[str]:
-    """Lists the keys whose change would make a run another run, as `key: before -> after`."""
+    """Lists the keys whose change would make a run another run, as `key: before -> after`.
+
+    What `after` allows to change is not listed.
+    """
     changes = []
     for key in KEYS.values():
-        if key.name not in MAY_CHANGE:
+        if key.name not in MAY_CHANGE and key.name not in after.run.allow_change:
             old, new = (
                 getattr(getattr(config, key.section), key.name) for config in (before, after)
             )
@@ -440,6 +462,15 @@ def _find_contradictions(
         for key in keys:
             if origins.get(key) == COMMAND_LINE:
                 yield (key,), f"has no effect, {reason}; leave it out"
+    for name in config.run.allow_change:
+        if name not in KEYS and name not in ORIGINS:
+            yield ("allow_change",), f'names "{name}", which is no key{_nearest(name)}'
+    every, save_steps = config.checkpoint.keep_every, config.checkpoint.save_steps
+    if every % save_steps:
+        yield (
+            ("keep_every", "save_steps"),
+            f"must be a multiple of save_steps = {save_steps}, got {every}",
+        )
     if model.model_config_file and model.training_method != "full":
         yield (
             ("training_method", "model_config_file"),

@@ -47,16 +47,16 @@ class DivergenceError(QloopError):
 
 
 class StoppedError(QloopError):
-    """The run was asked to stop, saved itself, and can be continued by the same command."""
+    """The run was asked to stop; all that it has done is saved, and the same command goes on."""
 
     exit_code = 75
     state = "stopped"
 
-    def __init__(self, signal_name: str, step: int, last_step: int) -> None:
-        super().__init__(
-            f"{signal_name}: stopped and saved after step {step} of {last_step}; the same command "
-            "goes on from there"
-        )
+
+class LockedError(QloopError):
+    """Another process uses the run's folder."""
+
+    exit_code = 77
 
 
 def join_names(names: list[str], last: str = "or") -> str:

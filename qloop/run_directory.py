@@ -45,14 +45,16 @@ class RunDirectory:
                 shown = "\n  ".join(changes)
                 raise ConfigError(
                     f"{self.path}: holds another run, with other settings:\n  {shown}\n"
-                    "give another --experiment_name to start a new run, or its settings to go on"
+                    "give another --experiment_name to start a new run, its settings to go on, or "
+                    f"name the keys that may change: --allow_change "
+                    f"{','.join(change.split(':')[0] for change in changes)}"
                 )
             if config.run.resume == "never":
                 raise ConfigError(
                     f"{self.path}: holds a run already, and resume is never; give another "
                     "--experiment_name, or --resume auto to go on with it"
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and {*os.listdir(self.path)} - {".lock"}:
             raise ConfigError(
                 f"{self.path}: is in use, but has no config.yaml, so it is no run of qloop; give "
                 "another --experiment_name or --output_dir"
@@ -72,6 +74,10 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be written: {error.strerror}") from error
 
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint after a step lies."""
+        return self.checkpoints / f"checkpoint-{step}"
+
     def write_status(self, state: str, step: int, reason: str = "") -> None:
         """Says in status.json that the run is running, finished, stopped, diverged or failed."""
         write_atomically(
@@ -83,7 +89,7 @@ def locate_run(config: Config) -> RunDirectory:
     """Names the run's folder.
 
     Raises:
-        ConfigError: The model's name makes no folder name.
+        ConfigError: The model's name makes no folder name, or the folder lies elsewhere.
     """
     name = config.run.experiment_name
     if name is None:
@@ -93,7 +99,17 @@ def locate_run(config: Config) -> RunDirectory:
             raise ConfigError(
                 f'experiment_name: the model\'s short name "{name}" makes no folder name; give one'
             )
-    return RunDirectory(config.run.output_dir / name)
+    run = RunDirectory(config.run.output_dir / name)
+    if run.path.exists() and not run.path.is_dir():
+        raise ConfigError(f"{run.path}: is no folder; give another --experiment_name")
+    inside = config.run.output_dir.resolve()
+    for path in (run.path, run.checkpoints, run.logs, run.results):
+        if not path.resolve().is_relative_to(inside):
+            raise ConfigError(
+                f"{path}: is a link to {path.resolve()}, outside of output_dir {inside}; nothing "
+                "is written there; give that folder as --output_dir, or another --experiment_name"
+            )
+    return run
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import random
 
+import numpy as np
 import torch
 
 
@@ -17,6 +19,13 @@ def seed_at(seed: int, step: int, micro_batch: int) -> int:
     """
     digest = hashlib.sha256(f"{seed} {step} {micro_batch}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # torch takes 63 bits
+
+
+def seed_forward_pass(seed: int) -> None:
+    """Seeds torch, and Python and numpy too, from which a model's own code may draw."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # numpy takes 32 bits
 
 
 def use_deterministic_kernels() -> None:

@@ -1,23 +1,39 @@
-"""Stopping on request: a signal is only noted; the loop asks at the end of each step."""
+"""Stopping and saving on request: a signal is only noted; the loop asks at the end of each step."""
 
 import signal
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 
+from qloop.errors import StoppedError
+
+
+class Request(NamedTuple):
+    """What a signal asked for."""
+
+    signal_name: str
+    stops: bool
+    """Whether to save and stop; else to save and go on."""
+
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM while it is entered; a second SIGINT ends the process at once."""
+    """Notes SIGINT, SIGTERM and SIGUSR1 while it is entered.
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self._signal = 0
+    SIGUSR1 asks for a checkpoint, the others for one and the end. Before the first step there is
+    nothing to save, so those end the run at once; a second SIGINT does so at any time.
+    """
+
+    def __init__(self) -> None:
+        self.is_running = False
+        """Whether steps are being made, and `agreed` will be asked."""
+        self._stop = 0
+        self._save = False
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._handlers[number] = signal.signal(number, self._note)
         return self
 
@@ -30,13 +46,27 @@ class StopRequest:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def agreed(self) -> str | None:
-        """Names the signal if any rank has received one; every rank gets the same answer."""
-        noted = torch.tensor([self._signal], device=self._accelerator.device)
-        number = int(self._accelerator.gather(noted).max())
-        return signal.Signals(number).name if number else None
+    def agreed(self, accelerator: Accelerator) -> Request | None:
+        """Gives what any rank was asked for; every rank gets the same answer."""
+        noted = self._stop or (signal.SIGUSR1 if self._save else 0)
+        self._save = False
+        # A stop outweighs a save, whichever rank has which.
+        weight = noted if noted in (0, signal.SIGUSR1) else noted + signal.NSIG
+        largest = int(accelerator.gather(torch.tensor([weight], device=accelerator.device)).max())
+        if not largest:
+            return None
+        stops = largest > signal.NSIG
+        return Request(signal.Signals(largest - signal.NSIG * stops).name, stops)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == self._signal == signal.SIGINT:
+        if number == signal.SIGUSR1:
+            self._save = True
+            return
+        if number == self._stop == signal.SIGINT:
             raise KeyboardInterrupt
-        self._signal = number
+        self._stop = number
+        if not self.is_running:
+            raise StoppedError(
+                f"{signal.Signals(number).name}: stopped between start and first step, or after "
+                "the last; the same command goes on from the newest checkpoint"
+            )

@@ -7,6 +7,7 @@ and nothing to restore but tensors and three counters.
 
 import math
 import time
+from pathlib import Path
 
 import torch
 
@@ -19,7 +20,7 @@ from qloop.model.loss import next_token_loss
 from qloop.optimizer import clip_gradients, measure_grad_norm, set_learning_rate
 from qloop.report.metrics import build_step_record
 from qloop.schedule import learning_rate_at
-from qloop.seeds import seed_at
+from qloop.seeds import seed_at, seed_forward_pass
 from qloop.stops import StopRequest
 
 
@@ -34,19 +35,19 @@ def train(config: Config, notes: list[str]) -> None:
         QloopError: Something that the config names cannot be used.
         DivergenceError: A step's loss or gradient norm is not finite; its update was not made.
         StoppedError: A signal asked for it; the run is saved.
+        LockedError: Another process uses the run's folder.
     """
-    parts = assemble(config, notes)
-    try:
-        with StopRequest(parts.accelerator) as stop:
+    with StopRequest() as stop:
+        parts = assemble(config, notes)
+        try:
             run_steps(parts, stop)
-    except BaseException as error:
-        state = getattr(error, "state", "failed")
-        parts.report.write_status(state, parts.progress.step, str(error) or repr(error))
-        raise
-    else:
-        finish(parts)
-    finally:
-        parts.report.close()
+            finish(parts)
+        except BaseException as error:
+            state = getattr(error, "state", "failed")
+            parts.report.write_status(state, parts.progress.step, str(error) or repr(error))
+            raise
+        finally:
+            parts.close()
 
 
 def run_steps(parts: Assembly, stop: StopRequest) -> None:
@@ -63,12 +64,15 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
     if progress.step == 0:
         measure_held_out(parts)
     model.train()
+    stop.is_running = True
     while progress.step < parts.last_step:
         started = time.perf_counter()
 
         # 1. Fetch the whole step first, so that its loss can be divided by its true number of
         # targets. Micro-batch m of a rank is number m * num_ranks + rank of the step.
-        block_ids = block_ids_at(progress.step, step_blocks, len(parts.index), config.run.seed)
+        block_ids = block_ids_at(
+            progress.blocks_seen, step_blocks, len(parts.index), config.run.seed
+        )
         rank_ids = block_ids.reshape(accumulation, num_ranks, -1)[:, rank]
         micro_batches = [build_micro_batch(parts.store, parts.index, ids) for ids in rank_ids]
         rank_targets = torch.tensor(count_targets(micro_batches), device=device)
@@ -81,7 +85,7 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
         # targets of the step.
         loss_sum = torch.zeros((), device=device)
         for number, micro_batch in enumerate(micro_batches):
-            torch.manual_seed(seed_at(config.run.seed, progress.step, number * num_ranks + rank))
+            seed_forward_pass(seed_at(config.run.seed, progress.step, number * num_ranks + rank))
             with accelerator.accumulate(model):
                 micro_loss = next_token_loss(model, micro_batch.to(device))
                 accelerator.backward(micro_loss * (accumulation * num_ranks / divisor))
@@ -111,40 +115,36 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
             times=(started, fetched, computed, updated),
         )  # fmt: skip
         report.write_step(record)
+        held_out_loss = None
         if progress.is_due(config.evaluate.eval_steps, parts.last_step):
-            measure_held_out(parts)
-        signal_name = stop.agreed()
-        if signal_name or progress.is_due(config.checkpoint.save_steps, parts.last_step):
-            save(parts)
-        if signal_name and progress.step < parts.last_step:
-            raise StoppedError(signal_name, progress.step, parts.last_step)
+            held_out_loss = measure_held_out(parts)
+        parts.checkpoints.settle()  # how a save behind the loop went, if one has ended
+        request = stop.agreed(accelerator)
+        is_end = progress.step == parts.last_step or (request is not None and request.stops)
+        if request or progress.is_due(config.checkpoint.save_steps, parts.last_step):
+            parts.checkpoints.save(model, optimizer, progress, loss, held_out_loss, is_end)
+            report.write_status("running", progress.step)
+        if request and request.stops and progress.step < parts.last_step:
+            raise StoppedError(
+                f"{request.signal_name}: stopped and saved after step {progress.step} of "
+                f"{parts.last_step}; the same command goes on from there"
+            )
+    stop.is_running = False
 
 
-def measure_held_out(parts: Assembly) -> None:
-    """Measures on the held-out documents, if there are any, and reports it."""
-    if parts.held_out:
-        evaluation = evaluate(
-            parts.model,
-            parts.held_out.store,
-            parts.held_out.index,
-            parts.config.evaluate.eval_batch_size,
-            parts.accelerator,
-        )
-        parts.report.write_evaluation(parts.progress.step, evaluation)
-
-
-def save(parts: Assembly) -> None:
-    """Writes a checkpoint."""
-    path = parts.checkpoints.save(
+def measure_held_out(parts: Assembly) -> float | None:
+    """Measures on the held-out documents, if there are any, reports it, and gives the loss."""
+    if parts.held_out is None:
+        return None
+    evaluation = evaluate(
         parts.model,
-        parts.tokenizer,
-        parts.optimizer,
-        parts.progress,
-        parts.config.model_dump(mode="json"),
-        parts.fingerprints,
+        parts.held_out.store,
+        parts.held_out.index,
+        parts.config.evaluate.eval_batch_size,
+        parts.accelerator,
     )
-    parts.report.say(f"saved {path}")
-    parts.report.write_status("running", parts.progress.step)
+    parts.report.write_evaluation(parts.progress.step, evaluation)
+    return evaluation.loss
 
 
 def finish(parts: Assembly) -> None:
@@ -162,6 +162,7 @@ def finish(parts: Assembly) -> None:
         )
     parts.report.write_results(samples)
     parts.report.write_status("finished", parts.progress.step)
-    checkpoint = parts.checkpoints.newest()
-    assert checkpoint is not None, "the last step is always saved"
+    checkpoint = parts.run.checkpoint_path(parts.progress.step)
+    if not checkpoint.exists():  # a branch that had no step left to make
+        checkpoint = Path(parts.config.run.resume)
     parts.report.say_farewell(parts.progress.step, checkpoint)

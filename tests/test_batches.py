@@ -100,7 +100,9 @@ def wanted_targets(shape: Shape, times: int) -> Counter[tuple[int, int]]:
 
 def read_steps(store, index, step_blocks: int, num_steps: int, seed: int) -> list[MicroBatch]:
     return [
-        build_micro_batch(store, index, block_ids_at(step, step_blocks, len(index), seed))
+        build_micro_batch(
+            store, index, block_ids_at(step * step_blocks, step_blocks, len(index), seed)
+        )
         for step in range(num_steps)
     ]
 
@@ -312,7 +314,8 @@ def test_targets_are_counted_over_all_micro_batches():
 @some_cases
 def test_every_epoch_is_a_permutation_of_all_blocks(num_blocks, step_blocks, seed, num_epochs):
     num_steps = -(-num_blocks * num_epochs // step_blocks)
-    ids = [block_ids_at(step, step_blocks, num_blocks, seed) for step in range(num_steps)]
+    starts = range(0, num_steps * step_blocks, step_blocks)
+    ids = [block_ids_at(start, step_blocks, num_blocks, seed) for start in starts]
     places = np.concatenate(ids)[: num_blocks * num_epochs].reshape(num_epochs, num_blocks)
     assert (np.sort(places, axis=1) == np.arange(num_blocks)).all()
 
@@ -325,7 +328,7 @@ def test_every_epoch_is_a_permutation_of_all_blocks(num_blocks, step_blocks, see
 @some_cases
 def test_a_steps_blocks_do_not_depend_on_what_was_asked_before(steps, num_blocks, step_blocks):
     def ids_at(step: int) -> list[int]:
-        return block_ids_at(step, step_blocks, num_blocks, seed=7).tolist()
+        return block_ids_at(step * step_blocks, step_blocks, num_blocks, seed=7).tolist()
 
     rising = {step: ids_at(step) for step in sorted(steps)}
     assert [ids_at(step) for step in steps] == [rising[step] for step in steps]
@@ -340,7 +343,9 @@ def test_the_answer_may_be_changed_without_changing_the_next():
 
 def test_the_order_differs_between_epochs_and_seeds():
     orders = {
-        tuple(block_ids_at(epoch, 50, 50, seed).tolist()) for seed in range(5) for epoch in range(5)
+        tuple(block_ids_at(50 * epoch, 50, 50, seed).tolist())
+        for seed in range(5)
+        for epoch in range(5)
     }
     assert len(orders) == 25
 
@@ -348,8 +353,8 @@ def test_the_order_differs_between_epochs_and_seeds():
 @given(num_blocks=st.integers(1, 40), one=st.integers(1, 12), two=st.integers(1, 12))
 @some_cases
 def test_the_order_of_blocks_does_not_depend_on_how_many_a_step_takes(num_blocks, one, two):
-    by_one = np.concatenate([block_ids_at(step, one, num_blocks, 3) for step in range(two)])
-    by_two = np.concatenate([block_ids_at(step, two, num_blocks, 3) for step in range(one)])
+    by_one = np.concatenate([block_ids_at(step * one, one, num_blocks, 3) for step in range(two)])
+    by_two = np.concatenate([block_ids_at(step * two, two, num_blocks, 3) for step in range(one)])
     assert by_one.tolist() == by_two.tolist()
 
 
@@ -360,7 +365,7 @@ def test_a_step_teaches_the_same_on_any_number_of_ranks(num_ranks, batch_size):
     store, index = build(MIXED, "best_fit", 4)
     accumulation = 16 // (num_ranks * batch_size)
     for step in range(5):
-        ids = block_ids_at(step, 16, len(index), seed=5)
+        ids = block_ids_at(16 * step, 16, len(index), seed=5)
         micro_batches = [
             build_micro_batch(store, index, rank_ids)
             for rank in range(num_ranks)

@@ -738,6 +738,11 @@ def test_keys_that_may_change_make_no_other_run():
         "sample_tokens": "7",
         "save_steps": "7",
         "keep_checkpoints": "7",
+        "keep_every": "14",
+        "keep_best": "false",
+        "async_checkpoint": "false",
+        "max_failed_saves": "7",
+        "allow_change": "corpus",
         "log_steps": "7",
         "wandb": "true",
         "wandb_project": "b",
@@ -747,6 +752,26 @@ def test_keys_that_may_change_make_no_other_run():
     after = load_flags(**changed)
     assert all(value_of(after, name) != value_of(Config(), name) for name in changed)
     assert find_changes(Config(), after) == []
+
+
+def test_a_key_that_is_allowed_to_change_makes_no_other_run():
+    before, after = load_flags(seed="7"), load_flags(seed="8", allow_change="seed")
+    assert find_changes(before, after) == []
+    assert find_changes(after, before) == ["seed: 8 -> 7"]
+
+
+def test_allow_change_names_keys_and_what_a_run_is_made_of():
+    assert load_flags(allow_change="corpus,lora_rank").run.allow_change == ("corpus", "lora_rank")
+    with pytest.raises(
+        ConfigError, match=r'allow_change: names "lora_rnk".*did you mean lora_rank'
+    ):
+        load_flags(allow_change="lora_rnk")
+
+
+def test_keep_every_must_fall_on_saves():
+    assert load_flags(save_steps="50", keep_every="100").checkpoint.keep_every == 100
+    with pytest.raises(ConfigError, match="keep_every: must be a multiple of save_steps = 50"):
+        load_flags(save_steps="50", keep_every="75")
 
 
 # The files in configs/

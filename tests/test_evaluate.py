@@ -14,7 +14,7 @@ from qloop.evaluate import evaluate, sample_completions
 def parts(make_config):
     parts = assemble(make_config(), [])
     yield parts
-    parts.report.close()
+    parts.close()
 
 
 def measure(parts, batch_size: int):

@@ -127,7 +127,8 @@ def test_other_settings_are_refused_and_shown(run):
         f"{run.path}: holds another run, with other settings:\n"
         '  data_type: "filtered" -> "raw"\n'
         "  learning_rate: 2e-05 -> 0.0001\n"
-        "give another --experiment_name to start a new run, or its settings to go on"
+        "give another --experiment_name to start a new run, its settings to go on, or name the "
+        "keys that may change: --allow_change data_type,learning_rate"
     )
 
 
@@ -151,7 +152,20 @@ def test_a_folder_with_foreign_files_is_refused(run):
 def test_a_file_in_its_place_is_refused(run):
     run.path.parent.mkdir()
     run.path.write_text("")
-    assert refusal_of(run, build_config()).startswith(f"{run.path}: is in use")
+    config = build_config(output_dir=str(run.path.parent), experiment_name=run.path.name)
+    with pytest.raises(ConfigError, match="is no folder"):
+        locate_run(config)
+
+
+@pytest.mark.parametrize("link", ["", "checkpoints", "logs", "results"])
+def test_a_link_out_of_output_dir_is_refused(run, tmp_path, link):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (run.path / link).parent.mkdir(parents=True, exist_ok=True)
+    (run.path / link).symlink_to(outside)
+    config = build_config(output_dir=str(run.path.parent), experiment_name=run.path.name)
+    with pytest.raises(ConfigError, match="outside of output_dir"):
+        locate_run(config)
 
 
 def test_a_run_whose_config_cannot_be_read_is_refused_by_its_name(run):

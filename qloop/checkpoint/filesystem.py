@@ -1,62 +1,85 @@
-"""The one door to the disk for checkpoints: a folder has its name when it is on the disk."""
+"""The one door to the disk for checkpoints: plain system calls and no policy.
 
-import json
+Tests put a disk in its place that loses, fills or fails (`tests/torture/`), so what a checkpoint
+survives is decided by the order of these calls in `store.py`, and can be tried out at every one of
+them.
+"""
+
 import os
 import shutil
+import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+_PIECE_BYTES = 1 << 22
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Writes JSON that a person can read."""
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+class FileSystem:
+    """Calls on a real disk; every one raises OSError as the system does."""
 
+    def make_folder(self, path: Path) -> None:
+        """Makes a folder, which must not be there yet."""
+        path.mkdir()
 
-def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes tensors as safetensors."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    def create(self, path: Path) -> int:
+        """Opens a new file for writing, which must not be there yet; returns its descriptor."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
 
+    def append(self, descriptor: int, data: memoryview) -> None:
+        """Writes all of `data`."""
+        while data.nbytes:
+            data = data[os.write(descriptor, data[:_PIECE_BYTES]) :]
 
-def read_json(file: Path) -> Any:
-    """Reads JSON."""
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Reads safetensors to the CPU."""
-    return load_file(file)
-
-
-def publish(folder: Path, name: Path) -> None:
-    """Gives a finished folder its name: every file is on the disk first, and the name after."""
-    for parent, _, files in os.walk(folder):
-        for file in files:
-            _sync(Path(parent, file))
-        _sync(Path(parent))
-    folder.rename(name)
-    _sync(name.parent)
-
-
-def remove(folder: Path) -> None:
-    """Deletes a folder; it loses its name first, so that nobody ever sees a part of it."""
-    trash = folder.with_name(f".trash-{folder.name}")
-    shutil.rmtree(trash, ignore_errors=True)
-    folder.rename(trash)
-    shutil.rmtree(trash)
-
-
-def remove_unfinished(parent: Path) -> None:
-    """Deletes what an interrupted save or removal left; those names begin with a dot."""
-    for folder in parent.glob(".*"):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    def sync(self, descriptor: int) -> None:
+        """Returns when the file's bytes are on the disk."""
         os.fsync(descriptor)
-    finally:
+
+    def close(self, descriptor: int) -> None:
+        """Closes a file."""
         os.close(descriptor)
+
+    def sync_folder(self, path: Path) -> None:
+        """Returns when the folder's names are on the disk."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Gives a file or folder another name, in one instant."""
+        source.rename(target)
+
+    def delete_file(self, path: Path) -> None:
+        """Deletes a file or a link."""
+        path.unlink()
+
+    def delete_folder(self, path: Path) -> None:
+        """Deletes an empty folder."""
+        path.rmdir()
+
+    def list(self, path: Path) -> list[str]:
+        """Names in a folder, sorted; none if there is no such folder."""
+        return sorted(os.listdir(path)) if path.is_dir() else []
+
+    def is_folder(self, path: Path) -> bool:
+        """Whether it is a folder; a link to one is not."""
+        return path.is_dir() and not path.is_symlink()
+
+    def measure_file(self, path: Path) -> int | None:
+        """Bytes of a plain file; None for anything else: a link, a pipe, nothing."""
+        try:
+            status = path.lstat()
+        except OSError:
+            return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def read(self, path: Path) -> Iterator[bytes]:
+        """Yields a file's bytes, piece by piece."""
+        with path.open("rb") as stream:
+            while piece := stream.read(_PIECE_BYTES):
+                yield piece
+
+    def count_free_bytes(self, path: Path) -> int:
+        """Free space for this user where the folder lies."""
+        return shutil.disk_usage(path).free

@@ -1,11 +1,11 @@
-"""Which blocks a step reads, and their tensors; a pure function of the step.
+"""Which blocks a step reads, and their tensors; a pure function of the blocks seen before it.
 
 There is no loader and no state: the blocks of any step of any run can be asked for, in any order,
 on any number of processes.
 
     >>> block_ids_at(0, step_blocks=4, num_blocks=6, seed=1).tolist()
     [4, 0, 2, 1]
-    >>> block_ids_at(1, step_blocks=4, num_blocks=6, seed=1).tolist()  # the epoch ends in mid-step
+    >>> block_ids_at(4, step_blocks=4, num_blocks=6, seed=1).tolist()  # the epoch ends in mid-step
     [5, 3, 1, 4]
 """
 
@@ -38,19 +38,19 @@ class MicroBatch:
         return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
-def block_ids_at(step: int, step_blocks: int, num_blocks: int, seed: int) -> Integers:
+def block_ids_at(blocks_seen: int, step_blocks: int, num_blocks: int, seed: int) -> Integers:
     """Gives the blocks of a step, over all ranks, in their global order.
 
     Every epoch is a permutation of all blocks, drawn from (seed, epoch). A step may span the end of
     one and the start of the next.
 
     Args:
-        step: Updates made so far, from 0.
+        blocks_seen: Blocks read before the step; steps of one size: their number times that size.
         step_blocks: Blocks in a step: batch_size * gradient_accumulation_steps * ranks.
         num_blocks: Blocks of the corpus.
         seed: The run's.
     """
-    places = np.arange(step * step_blocks, (step + 1) * step_blocks)
+    places = np.arange(blocks_seen, blocks_seen + step_blocks)
     epochs, offsets = np.divmod(places, num_blocks)
     ids = np.empty(step_blocks, dtype=np.int64)
     for epoch in np.unique(epochs).tolist():

@@ -15,7 +15,6 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
@@ -26,9 +25,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qloop.checkpoint.tensors import kind_of, load_tensors, refuse_misfits
 from qloop.config import LoraConfig, ModelConfig
 from qloop.data.tokens import Encoder
 from qloop.errors import CheckpointError, ConfigError, join_names
+from qloop.model.saving import collect_weights
 
 ADAPTER_METHODS = ("lora", "qlora")
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError, StrictDataclassError)
@@ -258,6 +259,8 @@ def fingerprint_weights(model: torch.nn.Module) -> str:
 
 
 def _build_full(config: ModelConfig, checkpoint: Path | None) -> PreTrainedModel:
+    if checkpoint:
+        _refuse_other_weights(config, checkpoint)
     if checkpoint or not config.model_config_file:
         return _load_base(config, torch.float32, torch.device("cpu"), checkpoint)
     try:
@@ -270,6 +273,23 @@ def _build_full(config: ModelConfig, checkpoint: Path | None) -> PreTrainedModel
     except LOADING_ERRORS as error:
         file = str(config.model_config_file)
         raise ConfigError(_cannot_load("model_config_file", file, "model", error)) from error
+
+
+def _refuse_other_weights(config: ModelConfig, checkpoint: Path) -> None:
+    """Compares a full checkpoint's tensors with those of its model before one of them is loaded."""
+    try:
+        model_config = AutoConfig.from_pretrained(
+            checkpoint, trust_remote_code=config.trust_remote_code
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                model_config, dtype=torch.float32, trust_remote_code=config.trust_remote_code
+            )
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"{checkpoint}: its model cannot be built: {error}") from error
+    model.tie_weights()  # what is tied is saved once
+    file, weights = collect_weights(model)
+    refuse_misfits(checkpoint / file, {name: kind_of(weights[name]) for name in weights})
 
 
 def _load_base(
@@ -362,18 +382,10 @@ def _load_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
     """
     import peft
 
-    file = checkpoint / "adapter_model.safetensors"
-    try:
-        tensors = load_file(file)
-        result = peft.set_peft_model_state_dict(model, tensors)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{file}: its adapter cannot be loaded: {error}") from error
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    wrong = sorted(trained & set(result.missing_keys)) + sorted(result.unexpected_keys)
-    if wrong:
-        raise CheckpointError(
-            f"{file}: {len(wrong)} tensors are missing or not of this model, the first {wrong[0]}"
-        )
+    file, weights = collect_weights(model)
+    expected = {name: kind_of(weights[name]) for name in weights}
+    result = peft.set_peft_model_state_dict(model, load_tensors(checkpoint / file, expected))
+    assert not result.unexpected_keys
 
 
 def _refuse_layers(base: PreTrainedModel, key: str, names: tuple[str, ...]) -> None:

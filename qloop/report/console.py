@@ -10,6 +10,7 @@ from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.text import Text
 
+from qloop.report.lines import LineFile
 from qloop.report.metrics import StepRecord
 
 
@@ -25,7 +26,7 @@ class Console:
             last_step: Where the run ends.
         """
         self._rich = RichConsole(soft_wrap=True, highlight=False, markup=False)
-        self._log = log_file.open("a", encoding="utf-8") if log_file else None
+        self._log = LineFile(log_file, self._rich.print) if log_file else None
         self._log_steps = log_steps
         self._last_step = last_step
         self._live: Live | None = None
@@ -73,8 +74,7 @@ class Console:
     def _write_log(self, message: str) -> None:
         if self._log is not None:
             stamp = datetime.now().astimezone().isoformat(timespec="seconds")
-            self._log.writelines(f"{stamp} {line}\n" for line in message.splitlines())
-            self._log.flush()
+            self._log.write("".join(f"{stamp} {line}\n" for line in message.splitlines()))
 
 
 def quieten_libraries() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from qloop.progress import Progress
+from qloop.report.lines import LineFile
 from qloop.run_directory import write_atomically, write_json
 
 
@@ -76,22 +78,21 @@ def build_step_record(
 class MetricsFile:
     """metrics.jsonl: every line is on its way to the disk when its step ends."""
 
-    def __init__(self, file: Path, after_step: int) -> None:
+    def __init__(self, file: Path, after_step: int, complain: Callable[[str], None]) -> None:
         """Cuts the file back to a step, so that none appears twice, and goes on behind it."""
         lines = [
             json.dumps(record) for record in read_records(file) if record["step"] <= after_step
         ]
         write_atomically(file, "".join(f"{line}\n" for line in lines))
-        self._stream = file.open("a", encoding="utf-8")
+        self._lines = LineFile(file, complain)
 
     def write(self, record: StepRecord) -> None:
         """Appends a line."""
-        self._stream.write(json.dumps(dataclasses.asdict(record)) + "\n")
-        self._stream.flush()
+        self._lines.write(json.dumps(dataclasses.asdict(record)) + "\n")
 
     def close(self) -> None:
         """Ends the file."""
-        self._stream.close()
+        self._lines.close()
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:

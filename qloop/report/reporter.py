@@ -1,9 +1,12 @@
 """All reports of a run behind one name; on ranks other than the main one they do nothing."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 from qloop.config import Config
+from qloop.errors import CheckpointError
 from qloop.evaluate import Evaluation, Sample
 from qloop.report.console import Console
 from qloop.report.metrics import EvalResultsFile, MetricsFile, StepRecord, read_records
@@ -25,7 +28,7 @@ class Reporter:
         self._run = run
         self._training_method = config.model.training_method
         self._console = Console(run.training_log, config.report.log_steps, last_step)
-        self._metrics = MetricsFile(run.metrics, step)
+        self._metrics = MetricsFile(run.metrics, step, self.say)
         self._evaluations = EvalResultsFile(run.eval_results, step)
         self._trackers = Trackers(
             config.report, run.logs, run.path.name, config.model_dump(mode="json"), step, self.say
@@ -50,7 +53,8 @@ class Reporter:
         """Reports held-out results."""
         if self.is_main:
             values = dataclasses.asdict(evaluation)
-            self._evaluations.write(step, values)
+            with self._outliving_the_disk():
+                self._evaluations.write(step, values)
             self._trackers.write(
                 step, {f"held_out/{name}": value for name, value in values.items()}
             )
@@ -61,9 +65,22 @@ class Reporter:
             )
 
     def write_results(self, samples: list[Sample]) -> None:
-        """Writes the results folder from all that was reported."""
+        """Writes the results folder from all that was reported.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
         if not self.is_main:
             return
+        try:
+            self._write_results(samples)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._run.results}: cannot be written: {error}; the model is saved; make room, "
+                "and the same command writes them"
+            ) from error
+
+    def _write_results(self, samples: list[Sample]) -> None:
         folder = self._run.results
         if self._evaluations.results:
             first, last = self._evaluations.results[0], self._evaluations.results[-1]
@@ -108,7 +125,16 @@ class Reporter:
     def write_status(self, state: str, step: int, reason: str = "") -> None:
         """Says in status.json how the run stands."""
         if self.is_main:
-            self._run.write_status(state, step, reason)
+            with self._outliving_the_disk():
+                self._run.write_status(state, step, reason)
+
+    @contextlib.contextmanager
+    def _outliving_the_disk(self) -> Iterator[None]:
+        """Tells of a file that the disk refuses, and goes on: it is written anew each time."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"{error.filename or self._run.path}: not written: {error.strerror}")
 
     def close(self) -> None:
         """Ends all reports."""

@@ -1,0 +1,29 @@
+"""What the processes of one run do together."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from qloop.errors import QloopError
+
+T = TypeVar("T")
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Calls a function on the main rank; every rank gets its result, or raises its error.
+
+    So a folder that one process cannot use ends all of them alike, and none waits for the others.
+    """
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except QloopError as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    result, refusal = outcome
+    if refusal:
+        raise refusal
+    return result  # type: ignore[no-any-return]
