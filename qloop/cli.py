@@ -91,6 +91,46 @@ def train(ctx: click.Context, /, config_file: Path | None, **flags: str | None) 
     run_training(config, describe_unused(config, origins))
 
 
+@cli.group()
+def checkpoint() -> None:
+    """Look at a run's checkpoints; nothing is changed."""
+
+
+run_argument = click.argument("run", type=click.Path(exists=True, path_type=Path))
+
+
+@checkpoint.command("list")
+@run_argument
+@click.option("--fast", is_flag=True, help="look at names and sizes only, read no file")
+def list_(run: Path, fast: bool) -> None:
+    """Show step, size, loss and state of each checkpoint of RUN, and why a bad one is bad."""
+    from qloop.checkpoint.listing import format_table, list_checkpoints
+
+    click.echo(format_table(list_checkpoints(run, not fast), not fast))
+
+
+@checkpoint.command()
+@run_argument
+def verify(run: Path) -> None:
+    """Check every byte of each checkpoint of RUN, a run's folder or one checkpoint.
+
+    Ends with 74 if one that a run would go on from is damaged.
+    """
+    from qloop.checkpoint.listing import list_checkpoints
+    from qloop.errors import CheckpointError
+
+    damaged = []
+    for path, manifest, problem in list_checkpoints(run):
+        click.echo(f"{path}: {f'good, {len(manifest.files)} files' if manifest else problem}")
+        if manifest is None and not path.name.startswith("damaged-"):
+            damaged.append(path.name)
+    if damaged:
+        raise CheckpointError(
+            f"{run}: damaged: {', '.join(damaged)}; a run moves them aside and goes on from an "
+            "older one"
+        )
+
+
 def main() -> None:
     """Runs a command; a user's mistake ends in one message and its exit code, no traceback."""
     try:

@@ -17,7 +17,14 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT: dict[str, set[str]] = {
     "qloop.__main__": {"qloop.cli"},
     # What a person types and what runs. Nothing below knows the command line or the whole run.
-    "qloop.cli": {"qloop", "qloop.config", "qloop.errors", "qloop.report.console", "qloop.train"},
+    "qloop.cli": {
+        "qloop",
+        "qloop.checkpoint.listing",
+        "qloop.config",
+        "qloop.errors",
+        "qloop.report.console",
+        "qloop.train",
+    },
     "qloop.train": {
         "qloop.assembly",
         "qloop.config",
@@ -118,6 +125,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "qloop.data.tokens": {"qloop.data.documents", "qloop.data.packing", "qloop.errors"},
     "qloop.data.documents": {"qloop.errors"},
     "qloop.data.packing": set(),
+    "qloop.checkpoint.listing": {
+        "qloop.checkpoint.filesystem",
+        "qloop.checkpoint.store",
+        "qloop.errors",
+    },
     "qloop.checkpoint.store": {"qloop.checkpoint.filesystem"},
     "qloop.checkpoint.tensors": {"qloop.errors"},
     "qloop.checkpoint.filesystem": set(),

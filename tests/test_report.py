@@ -1,5 +1,6 @@
 """Reports: nothing twice after a restart, and no tracker that can end a run."""
 
+import errno
 import io
 import json
 import math
@@ -12,10 +13,13 @@ import pytest
 from rich.console import Console as RichConsole
 
 from qloop.config import dump_yaml
-from qloop.errors import ConfigError
+from qloop.errors import CheckpointError, ConfigError
 from qloop.report.console import Console
+from qloop.report.lines import LineFile
 from qloop.report.metrics import EvalResultsFile, MetricsFile, StepRecord, read_records
 from qloop.report.plot import plot_losses
+from qloop.report.reporter import Reporter
+from qloop.run_directory import RunDirectory
 from qloop.train import train
 
 
@@ -221,3 +225,57 @@ def test_a_missing_tensorboard_is_a_message_with_the_command_to_type(make_config
     monkeypatch.setattr(builtins, "__import__", no_tensorboard)
     with pytest.raises(ConfigError, match="pip install tensorboard"):
         train(make_config(tensorboard="true"), [])
+
+
+class RefusingStream:
+    """Takes so many bytes, then refuses, as a full disk does: a part of a line may get through."""
+
+    def __init__(self, stream, room: int) -> None:
+        self.stream = stream
+        self.room = room
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = self.stream.write(data[: self.room])
+        self.room -= taken
+        return taken
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+@pytest.mark.parametrize("room", range(0, 12))
+def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, room):
+    told: list[str] = []
+    lines = LineFile(tmp_path / "m.jsonl", told.append)
+    lines._stream = RefusingStream(lines._stream, room)
+    for text in ("one\n", "two\n", "three\n"):
+        lines.write(text)
+    assert len(told) == 1
+    assert told[0].endswith("No space left on device; its lines wait in memory")
+    lines._stream.room = 1000
+    lines.write("four\n")
+    lines.close()
+    assert (tmp_path / "m.jsonl").read_text() == "one\ntwo\nthree\nfour\n"
+    assert told[1].endswith("the lines that waited are written")
+
+
+def test_a_status_that_the_disk_refuses_is_told_and_does_not_end_the_run(
+    make_config, monkeypatch, capsys
+):
+    config = make_config()
+    run = RunDirectory(config.run.output_dir / "run")
+    run.create(config)
+    reporter = Reporter(run, config, 0, 6, is_main=True)
+
+    def refuse(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "status.json")
+
+    monkeypatch.setattr(run, "write_status", refuse)
+    reporter.write_status("running", 3)
+    monkeypatch.setattr(reporter, "_write_results", refuse)
+    with pytest.raises(CheckpointError, match="the same command writes them"):
+        reporter.write_results([])
+    reporter.close()
+    assert "status.json: not written: No space left on device" in capsys.readouterr().out

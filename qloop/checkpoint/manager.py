@@ -28,7 +28,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from qloop.checkpoint.store import CheckpointStore, Kept
+from qloop.checkpoint.store import CheckpointStore, Kept, show_bytes
 from qloop.checkpoint.tensors import HostCopies, encode_tensors, load_tensors, read_kinds
 from qloop.config import CheckpointConfig
 from qloop.errors import CheckpointError, LockedError
@@ -340,15 +340,6 @@ def name_moments(
         if parameter.requires_grad
         for moment, tensor in optimizer.state[parameter].items()
     }
-
-
-def show_bytes(count: float) -> str:
-    """Shows a size as one would say it: `57 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _run(commit: Callable[[], _Committed], behind: bool) -> "Future[_Committed]":
