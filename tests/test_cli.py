@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import write_model_config
+from workspace import write_model_config
 
 from qloop import __version__
 from qloop.cli import cli, main, train

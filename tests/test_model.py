@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ARCHITECTURES, write_model_config
 from safetensors.torch import load_file, save_file
+from workspace import ARCHITECTURES, write_model_config
 
 from qloop.config import LoraConfig, ModelConfig
 from qloop.data.batches import MicroBatch

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, write_model_config
+from workspace import ARCHITECTURES, write_model_config
 
 from qloop.config import LoraConfig, ModelConfig, OptimizerConfig
 from qloop.model.build import build_model

@@ -1,7 +1,5 @@
 """The order of a save, tried out at every call on a simulated disk.
 
-    python tests/torture/protocol.py
-
 A workload saves six checkpoints with rotation. It is stopped at a call: by kill -9, by a loss of
 power, by a full disk, by an I/O error. Then a new process looks at the disk and must find:
 
@@ -21,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from disk import Crash, SimulatedDisk, crash_at, failing_between, full_between
-from rows import Row, print_rows
+from rows import Row
+from workspace import Workspace
 
 from qloop.checkpoint.store import (
     CheckpointStore,
@@ -377,7 +376,7 @@ def run_mutants(trials: int, seed: int) -> Row:
     )
 
 
-def run(is_short: bool) -> list[Row]:
+def run(workspace: Workspace | None, is_short: bool) -> list[Row]:
     """Runs all of it; short: a few hundred trials each, kills exhaustively in any case."""
     return [
         run_kills(),
@@ -386,7 +385,3 @@ def run(is_short: bool) -> list[Row]:
         run_io_errors(),
         run_mutants(500 if is_short else 2000, seed=3),
     ]
-
-
-if __name__ == "__main__":
-    print_rows(run(is_short=False))

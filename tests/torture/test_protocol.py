@@ -11,7 +11,6 @@ from rows import Row
 
 from qloop.checkpoint.filesystem import FileSystem
 
-
 CALLS = (
     *("make_folder", "create", "append", "sync", "sync_folder", "rename", "delete_file"),
     *("delete_folder", "list", "is_folder", "measure_file", "read"),
@@ -20,7 +19,7 @@ CALLS = (
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, Row]:
-    return {row.attack.split(" (")[0]: row for row in protocol.run(is_short=True)}
+    return {row.attack.split(" (")[0]: row for row in protocol.run(None, is_short=True)}
 
 
 @pytest.mark.parametrize("number", range(5))
