@@ -22,7 +22,7 @@ from qloop.config import Config, ModelConfig
 from qloop.data.packing import BlockIndex, pack_best_fit, pack_wrapped
 from qloop.data.sources import find_sources
 from qloop.data.tokens import TokenStore, load_corpus
-from qloop.errors import ConfigError, DataError
+from qloop.errors import ConfigError, DataError, telling_of_disk_errors
 from qloop.lock import RunLock
 from qloop.model.attention import check_isolation
 from qloop.model.build import (
@@ -126,11 +126,12 @@ def _assemble(
     encoder = build_encoder(tokenizer)
     model_config = load_model_config(config.model)
     check_sizes(model_config, encoder.vocabulary_size, config.data.max_seq_length)
-    with accelerator.main_process_first():
+    cache_dir = config.data.cache_dir or config.run.output_dir / ".cache"
+    with accelerator.main_process_first(), telling_of_disk_errors(cache_dir):
         corpus = load_corpus(
             *sources,
             encoder,
-            config.data.cache_dir or config.run.output_dir / ".cache",
+            cache_dir,
             config.data.held_out_share,
             config.data.train_on_prompt,
             config.data.deduplicate,
@@ -163,17 +164,21 @@ def _assemble(
         refuse_other_origins(checkpoint, origins, config.run.allow_change)
 
     ledger = describe_corpus(corpus, index, held_out.index if held_out else None)
-    if accelerator.is_main_process:
-        run.create(config)
-        write_json(run.data_report, ledger)
-    accelerator.wait_for_everyone()
+
+    def write_folder() -> None:
+        with telling_of_disk_errors(run.path):
+            run.create(config)
+            write_json(run.data_report, ledger)
+
+    on_main(accelerator, write_folder)
     files = collect_files(model, tokenizer)
     optimizer = build_optimizer(model, config.optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     if checkpoint:
         restore_optimizer(checkpoint, accelerator.unwrap_model(model), optimizer)
 
-    report = Reporter(run, config, progress.step, last_step, accelerator.is_main_process)
+    with telling_of_disk_errors(run.logs):
+        report = Reporter(run, config, progress.step, last_step, accelerator.is_main_process)
     checkpoints = CheckpointManager(
         store, config.checkpoint, accelerator, origins, files, report.say
     )

@@ -4,6 +4,13 @@ A message says where, what is wrong, the values, and what to do; the command lin
 a traceback. Anything else that escapes is a crash: a traceback and exit code 1.
 """
 
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+_FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
 
 class QloopError(Exception):
     """An end of the command that has a reason to tell."""
@@ -57,6 +64,23 @@ class LockedError(QloopError):
     """Another process uses the run's folder."""
 
     exit_code = 77
+
+
+@contextlib.contextmanager
+def telling_of_disk_errors(path: Path) -> Iterator[None]:
+    """Ends a run that cannot write with a message.
+
+    Raises:
+        CheckpointError: The disk is full or broken.
+        ConfigError: The path cannot be written to by this user, or at all.
+    """
+    try:
+        yield
+    except OSError as error:
+        is_storage = error.errno in _FULL_OR_BROKEN
+        kind = CheckpointError if is_storage else ConfigError
+        todo = "make room and type the same command again" if is_storage else "give another folder"
+        raise kind(f"{path}: cannot be written: {error.strerror}; {todo}") from error
 
 
 def join_names(names: list[str], last: str = "or") -> str:

@@ -9,7 +9,7 @@ import uuid
 from datetime import datetime
 from pathlib import Path
 
-from qloop.errors import ConfigError, LockedError
+from qloop.errors import LockedError, telling_of_disk_errors
 
 
 class RunLock:
@@ -33,8 +33,9 @@ class RunLock:
         Raises:
             LockedError: Another process holds it.
             ConfigError: The folder cannot be written.
+            CheckpointError: The disk is full or broken.
         """
-        try:
+        with telling_of_disk_errors(self._folder):
             self._made_folder = not self._folder.exists()
             self._folder.mkdir(parents=True, exist_ok=True)
             while self._stream is None:
@@ -48,8 +49,6 @@ class RunLock:
             self._text = json.dumps(holder) + "\n"
             os.ftruncate(self._stream, 0)
             os.pwrite(self._stream, self._text.encode(), 0)
-        except OSError as error:
-            raise ConfigError(f"{self._folder}: cannot be written: {error.strerror}") from error
 
     def check(self) -> None:
         """Makes sure that the lock is still ours; takes it anew if somebody deleted its file.

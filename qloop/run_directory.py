@@ -17,6 +17,9 @@ from typing import Any
 from qloop.config import Config, dump_yaml, find_changes, load_config
 from qloop.errors import ConfigError
 
+# What a run may leave that ends before its config.yaml has its name.
+_BEFORE_CONFIG = {".lock", ".config.yaml.tmp"}
+
 
 class RunDirectory:
     """Paths of a run's files; the folders exist once they are created."""
@@ -54,7 +57,7 @@ class RunDirectory:
                     f"{self.path}: holds a run already, and resume is never; give another "
                     "--experiment_name, or --resume auto to go on with it"
                 )
-        elif self.path.exists() and {*os.listdir(self.path)} - {".lock"}:
+        elif self.path.exists() and {*os.listdir(self.path)} - _BEFORE_CONFIG:
             raise ConfigError(
                 f"{self.path}: is in use, but has no config.yaml, so it is no run of qloop; give "
                 "another --experiment_name or --output_dir"
@@ -64,15 +67,12 @@ class RunDirectory:
         """Makes the folders, and writes the config that runs.
 
         Raises:
-            ConfigError: The disk refuses.
+            OSError: The disk refuses.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.config, dump_yaml(config))
-            for folder in (self.checkpoints, self.logs, self.results):
-                folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{self.path}: cannot be written: {error.strerror}") from error
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, dump_yaml(config))
+        for folder in (self.checkpoints, self.logs, self.results):
+            folder.mkdir(exist_ok=True)
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint after a step lies."""

@@ -1,7 +1,6 @@
 """The run's folder: how it is named, what it refuses to hold, and how its files are written."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -208,10 +207,15 @@ def test_creating_again_keeps_what_is_there(run):
     assert load_config(run.config, {}).config.schedule.max_steps == 600
 
 
-def test_a_folder_that_cannot_be_made_is_told_of(run):
-    run.path.parent.write_text("a file where output_dir should be")
-    with pytest.raises(ConfigError, match=f"^{re.escape(str(run.path))}: cannot be written: "):
-        run.create(build_config())
+def test_what_a_kill_left_before_the_config_was_there_is_no_other_run(run):
+    run.path.mkdir(parents=True)
+    for name in (".lock", ".config.yaml.tmp"):
+        (run.path / name).write_text("")
+    run.refuse_another(build_config())
+    run.create(build_config())
+    assert sorted(path.name for path in run.path.iterdir()) == [
+        *(".lock", "checkpoints", "config.yaml", "logs", "results"),
+    ]
 
 
 @pytest.mark.parametrize(

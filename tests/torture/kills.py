@@ -132,7 +132,7 @@ def folder_of(config: Config) -> Path:
 
 
 def read_run(config: Config, last_step: int = STEPS) -> tuple[list, dict[str, str]]:
-    """Gives every line of the metrics, and a hash of each file of tensors of the last checkpoint."""
+    """Gives every line of the metrics, and hashes of the last checkpoint's tensors."""
     folder = folder_of(config)
     lines = (folder / "logs/metrics.jsonl").read_text().splitlines()
     curve = [[json.loads(line)[key] for key in KEPT] for line in lines]
@@ -201,13 +201,13 @@ class Kills:
                 self.kills["all"] += 1
                 self.kills["inside a save"] += self.shared.saving
             elif code:
-                return f"ended with {code}"
+                return f"ended with {code}: {self.log.read_text()[-500:]}"
             harm = find_harm(config)
             if harm:
                 return harm
         code = finish(fork(lambda: train(config, self.shared), self.log))
         if code:
-            return f"the last start ended with {code}"
+            return f"the last start ended with {code}: {self.log.read_text()[-500:]}"
         return "" if read_run(config) == self.wanted else "another curve or other tensors"
 
 
