@@ -28,7 +28,16 @@ def build_command(num_gpus: int, arguments: list[str]) -> list[str]:
     ]
 
 
+# A SIGTERM or SIGUSR1 to the launcher reaches every process, which then has the time that a step and
+# a save may take before it is killed.
+LAUNCHER_ENVIRONMENT = {
+    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+}
+
 if __name__ == "__main__":
+    for name, value in LAUNCHER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     command = build_command(torch.cuda.device_count(), sys.argv[1:])
     # Replaces this process, so that a signal or an exit code meets the launcher and nobody between.
     os.execv(command[0], command)

@@ -22,7 +22,7 @@ from qloop.config import Config, ModelConfig
 from qloop.data.packing import BlockIndex, pack_best_fit, pack_wrapped
 from qloop.data.sources import find_sources
 from qloop.data.tokens import TokenStore, load_corpus
-from qloop.errors import ConfigError, DataError, telling_of_disk_errors
+from qloop.errors import ConfigError, DataError, QloopError, telling_of_disk_errors
 from qloop.lock import RunLock
 from qloop.model.attention import check_isolation
 from qloop.model.build import (
@@ -115,8 +115,14 @@ def _assemble(
     store = CheckpointStore(run.checkpoints, FileSystem(), lock.check)
 
     def choose() -> Checkpoint | None:
-        run.refuse_another(config)
-        return choose_checkpoint(config, store, notes.append)
+        told: list[str] = []
+        try:
+            run.refuse_another(config)
+            return choose_checkpoint(config, store, told.append)
+        except QloopError as error:  # what was moved aside is told in any case
+            raise type(error)("\n".join([*told, str(error)])) from error
+        finally:
+            notes.extend(told)
 
     checkpoint = on_main(accelerator, choose)
     progress = checkpoint.progress if checkpoint else Progress()

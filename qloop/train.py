@@ -43,6 +43,8 @@ def train(config: Config, notes: list[str]) -> None:
             run_steps(parts, stop)
             finish(parts)
         except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt):  # that means now
+                parts.checkpoints.close()
             state = getattr(error, "state", "failed")
             parts.report.write_status(state, parts.progress.step, str(error) or repr(error))
             raise

@@ -24,13 +24,18 @@ gpus = pytest.mark.parametrize("num_gpus", [2, 4])
 
 
 @pytest.fixture(scope="module")
-def build_command():
+def script():
     spec = importlib.util.spec_from_file_location("run_pretraining", LAUNCH / "run_pretraining.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.build_command
+    return module
+
+
+@pytest.fixture(scope="module")
+def build_command(script):
+    return script.build_command
 
 
 def parse(command: list[str]) -> argparse.Namespace:
@@ -128,3 +133,9 @@ def test_accelerate_accepts_the_launch_on_four_gpus_of_the_example_experiments()
     assert (parsed.num_processes, parsed.use_fsdp, parsed.module) == (4, True, True)
     assert parsed.training_script == "qloop"
     assert parsed.training_script_args[:3] == ["train", "--config", "configs/full.toml"]
+
+
+def test_the_launcher_of_several_processes_passes_signals_on_and_waits(script):
+    environment = script.LAUNCHER_ENVIRONMENT
+    assert "SIGUSR1" in environment["PET_SIGNALS_TO_HANDLE"].split(",")
+    assert int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) > 30, "torch's own"

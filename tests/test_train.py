@@ -222,6 +222,32 @@ def test_a_step_that_is_not_finite_leaves_weights_and_moments_as_they_were(make_
             assert torch.equal(tensor, before[f"{name}/{moment}"])
 
 
+def test_a_save_that_is_under_way_ends_before_an_error_ends_the_run(make_config, monkeypatch):
+    from qloop.checkpoint.filesystem import FileSystem
+
+    config = make_config(save_steps=3, eval_steps=0)
+    sync, release = FileSystem.sync, threading.Event()
+
+    def wait_and_sync(self: FileSystem, descriptor: int) -> None:
+        release.wait(timeout=30)
+        sync(self, descriptor)
+
+    monkeypatch.setattr(FileSystem, "sync", wait_and_sync)
+    parts = assemble(config, [])
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        if parts.progress.step < 4:
+            return gradient
+        threading.Timer(0.2, release.set).start()
+        return torch.full_like(gradient, float("nan"))
+
+    next(parts.model.parameters()).register_hook(poison)
+    monkeypatch.setattr("qloop.train.assemble", lambda config, notes: parts)
+    with pytest.raises(DivergenceError):
+        train(config, [])
+    assert (config.run.output_dir / "run/checkpoints/checkpoint-3/COMMIT").exists()
+
+
 def test_divergence_is_told_in_status_and_by_its_exit_code(make_config):
     config = make_config(learning_rate=1e30, max_grad_norm=1e9, warmup_steps=0, max_steps=20)
     with pytest.raises(DivergenceError) as error:

@@ -189,6 +189,14 @@ class CheckpointManager:
             "failed in a row will end the run"
         )
 
+    def close(self) -> None:
+        """Lets a save behind the loop end, when the run ends by an error; asks no other rank."""
+        if self._pending and not self._pending.exception():
+            self._report(self._pending.result())
+        elif self._pending:
+            self._say(f"{self._store.folder}: the last save failed: {self._pending.exception()}")
+        self._pending, self._is_pending = None, False
+
     def warn_of_space(self, model: torch.nn.Module, step: int, last_step: int) -> list[str]:
         """Says so if the free space will not hold the checkpoints that the run is to make."""
         _, weights = collect_weights(self._accelerator.unwrap_model(model))

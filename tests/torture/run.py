@@ -1,6 +1,6 @@
 """Tries to break a run in every way there is, and writes what held: reliability.json and a table.
 
-python tests/torture/run.py                       everything, about an hour on two cores
+python tests/torture/run.py                       everything, about 20 minutes on two cores
 python tests/torture/run.py --short               a short form of each, a few minutes
 python tests/torture/run.py --only kills stops    some
 python tests/torture/run.py --readme              puts the table of reliability.json in README.md

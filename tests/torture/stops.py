@@ -65,6 +65,8 @@ class Run:
                 stderr=log,
                 env={**os.environ, "PYTHONPATH": ":".join(sys.path), **passed_on},
                 start_new_session=True,
+                # A shell makes its background jobs, and all they start, deaf to Ctrl-C.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     @property
