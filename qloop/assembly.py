@@ -21,7 +21,7 @@ from qloop.checkpoint.store import CheckpointStore
 from qloop.config import Config, ModelConfig
 from qloop.data.packing import BlockIndex, pack_best_fit, pack_wrapped
 from qloop.data.sources import find_sources
-from qloop.data.tokens import TokenStore, load_corpus
+from qloop.data.tokens import Corpus, Encoder, Source, TokenStore, load_corpus
 from qloop.errors import ConfigError, DataError, QloopError, telling_of_disk_errors
 from qloop.lock import RunLock
 from qloop.model.attention import check_isolation
@@ -132,21 +132,7 @@ def _assemble(
     encoder = build_encoder(tokenizer)
     model_config = load_model_config(config.model)
     check_sizes(model_config, encoder.vocabulary_size, config.data.max_seq_length)
-    cache_dir = config.data.cache_dir or config.run.output_dir / ".cache"
-    with accelerator.main_process_first(), telling_of_disk_errors(cache_dir):
-        corpus = load_corpus(
-            *sources,
-            encoder,
-            cache_dir,
-            config.data.held_out_share,
-            config.data.train_on_prompt,
-            config.data.deduplicate,
-        )
-    index = _PACKINGS[config.data.packing](corpus.train.positions, config.data.max_seq_length)
-    held_out = None
-    if corpus.held_out:
-        positions = corpus.held_out.positions
-        held_out = HeldOut(corpus.held_out, pack_best_fit(positions, config.data.max_seq_length))
+    corpus, index, held_out = _load_data(config, sources, encoder, accelerator)
     step_blocks = count_step_blocks(config, accelerator.num_processes)
     last_step = count_steps(config, len(index), step_blocks, progress)
 
@@ -204,6 +190,28 @@ def _assemble(
         config, run, lock, accelerator, tokenizer, corpus.train, index, held_out, model, optimizer,
         progress, checkpoints, report, last_step,
     )  # fmt: skip
+
+
+def _load_data(
+    config: Config,
+    sources: tuple[Source, Source | None],
+    encoder: Encoder,
+    accelerator: Accelerator,
+) -> tuple[Corpus, BlockIndex, HeldOut | None]:
+    """Tokenises, or opens what was tokenised before, and packs both sides."""
+    data = config.data
+    cache_dir = data.cache_dir or config.run.output_dir / ".cache"
+    with accelerator.main_process_first(), telling_of_disk_errors(cache_dir):
+        corpus = load_corpus(
+            *sources, encoder, cache_dir, data.held_out_share, data.train_on_prompt,
+            data.deduplicate,
+        )  # fmt: skip
+    index = _PACKINGS[data.packing](corpus.train.positions, data.max_seq_length)
+    held_out = None
+    if corpus.held_out:
+        held_out_index = pack_best_fit(corpus.held_out.positions, data.max_seq_length)
+        held_out = HeldOut(corpus.held_out, held_out_index)
+    return corpus, index, held_out
 
 
 def build_accelerator(config: Config) -> Accelerator:

@@ -43,7 +43,14 @@ def choose_checkpoint(
     if path is None:
         return None
     checkpoint = read_checkpoint(path)
-    changes = find_changes(Config.model_validate(checkpoint.origins.config), config)
+    try:
+        before = Config.model_validate(checkpoint.origins.config)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: its config is none of this version of qloop: {error}; go on with the version "
+            "that wrote it, or give another --experiment_name"
+        ) from error
+    changes = find_changes(before, config)
     if changes:
         raise ConfigError(
             f"{path}: was made with other settings:\n  " + "\n  ".join(changes) + "\n"

@@ -13,7 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from qloop.assembly import Assembly, assemble
 from qloop.checkpoint.filesystem import FileSystem
-from qloop.checkpoint.manager import CheckpointManager, read_checkpoint, restore_optimizer
+from qloop.checkpoint.manager import (
+    CheckpointManager,
+    count_free_memory,
+    read_checkpoint,
+    restore_optimizer,
+)
 from qloop.checkpoint.store import CheckpointStore, DamagedError
 from qloop.checkpoint.tensors import encode_tensors, kind_of, load_tensors, read_kinds
 from qloop.errors import CheckpointError, LockedError
@@ -324,6 +329,18 @@ def test_a_copy_that_does_not_fit_in_memory_is_not_made(parts, monkeypatch):
     verify(parts.run.checkpoint_path(1))
     assert "does not fit in the 1 kB of free memory" in said[0]
     assert manager._copies.nbytes == 0
+
+
+def test_the_memory_of_a_container_is_its_own(tmp_path):
+    everything = count_free_memory(tmp_path)
+    assert everything > 1 << 20
+    stat = "anon 1\ninactive_file 700\n"
+    files = {"memory.max": "5000", "memory.current": "4000", "memory.stat": stat}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert count_free_memory(tmp_path) == 1700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert count_free_memory(tmp_path) > 1 << 20
 
 
 # A disk that refuses

@@ -1,5 +1,6 @@
 """What a run goes on from, and what it refuses to go on from."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -129,6 +130,22 @@ def read_totals(config: Config) -> list[tuple[int, int]]:
     file = checkpoints_of(config).parent / "logs/metrics.jsonl"
     records = map(json.loads, file.read_text().splitlines())
     return [(record["blocks_seen"], record["tokens_seen"]) for record in records]
+
+
+def test_a_checkpoint_of_a_version_with_other_keys_is_refused_by_name(config):
+    path = checkpoints_of(config) / "checkpoint-6"
+    progress = json.loads((path / "progress.json").read_text())
+    progress["config"]["run"]["colour"] = "blue"
+    content = json.dumps(progress).encode()
+    (path / "progress.json").write_bytes(content)
+    manifest = json.loads((path / "manifest.json").read_text())
+    sha256 = hashlib.sha256(content).hexdigest()
+    manifest["files"]["progress.json"] = {"bytes": len(content), "sha256": sha256}
+    text = json.dumps(manifest).encode()
+    (path / "manifest.json").write_bytes(text)
+    (path / "COMMIT").write_text(hashlib.sha256(text).hexdigest() + "\n")
+    with pytest.raises(CheckpointError, match="none of this version of qloop"):
+        train(config, [])
 
 
 def test_an_end_that_has_passed_is_refused(config, make_config):

@@ -11,6 +11,7 @@
 There are no random states: every forward pass is seeded from (seed, step, micro-batch).
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -220,7 +221,7 @@ class CheckpointManager:
 
     def _fits_in_memory(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> bool:
         size = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
-        free = psutil.virtual_memory().available + self._copies.nbytes
+        free = count_free_memory() + self._copies.nbytes
         if size < 0.8 * free:
             return True
         self._say(
@@ -279,6 +280,22 @@ class CheckpointManager:
             f"saved {path} ({show_bytes(manifest.total_bytes)}; the loop stood still for "
             f"{self.stood_still_seconds:.2f} s)"
         )
+
+
+def count_free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Counts the host memory, in bytes, that this process can still take: of machine or container.
+
+    Args:
+        cgroup: Where a container's limits are (version 2).
+    """
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no container, or one without a limit
+        limit = int((cgroup / "memory.max").read_text())
+        used = int((cgroup / "memory.current").read_text())
+        lines = (cgroup / "memory.stat").read_text().splitlines()
+        cached = int(dict(line.split() for line in lines)["inactive_file"])  # given back when asked
+        free = min(free, limit - used + cached)
+    return free
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
