@@ -313,36 +313,69 @@ def run_corruptions(
         trials - outcomes["WRONG"],
         PROMISE,
         ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.most_common()),
+        harm_baseline(min(trials, 400), seed),
         first_failure=first_failure,
     )
 
 
-def flip_baseline(flips: int, seed: int) -> str:
-    """Flips bits in what `accelerate.save_state` wrote; counts the loads that notice nothing."""
+# What can be done to a folder of any format.
+PLAIN_HARMS = (
+    *("flip a bit", "cut", "zero 64 bytes", "zero a page", "append", "swap two files"),
+    *("delete a file", "take the whole older one"),
+)
+
+
+def save_states(folder: Path) -> Accelerator:
+    """Saves two states of a small model by accelerate, under the names of our checkpoints."""
     reset_accelerate()
     accelerator = Accelerator(cpu=True)
     model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Linear(256, 64))
-    optimizer = torch.optim.AdamW(model.parameters())
-    model, optimizer = accelerator.prepare(model, optimizer)
-    model(torch.ones(1, 64)).sum().backward()
-    optimizer.step()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    for name in (OLDER, NEWEST):
+        model(torch.ones(1, 64)).sum().backward()
+        optimizer.step()
+        accelerator.save_state(str(folder / name))
+    return accelerator
+
+
+def harm_baseline(trials: int, seed: int) -> str:
+    """Does to accelerate's folders what was done to ours; counts the loads that notice nothing."""
+    silent = 0
+    with tempfile.TemporaryDirectory() as place:
+        whole, folder = Path(place) / "whole", Path(place) / "harmed"
+        accelerator = save_states(whole)
+        for number in range(trials):
+            shutil.copytree(whole, folder)
+            # Of its own: load_state sets the global random state back.
+            rng = random.Random(f"{seed}-{number}")
+            HARMS[PLAIN_HARMS[number % len(PLAIN_HARMS)]](rng, folder / NEWEST, whole)
+            with contextlib.suppress(Exception):
+                accelerator.load_state(str(folder / NEWEST))
+                silent += 1
+            shutil.rmtree(folder)
+    return (
+        f"`accelerate.load_state` loads {silent} of {trials} without a word, damaged in "
+        f"{len(PLAIN_HARMS)} of these ways"
+    )
+
+
+def flip_baseline(flips: int, seed: int) -> str:
+    """Flips bits in what accelerate saved; counts the loads that notice nothing."""
     results = []
     with tempfile.TemporaryDirectory() as place:
-        accelerator.save_state(place)
+        accelerator = save_states(Path(place))
         for name in ("model.safetensors", "optimizer.bin"):
-            file = Path(place) / name
+            file = Path(place) / NEWEST / name
             whole = file.read_bytes()
             silent = 0
             for number in range(flips):
-                # Of its own: load_state sets the global random state back.
-                rng = random.Random(f"{seed}-{name}-{number}")
-                edit(file, functools.partial(flip, rng))
+                edit(file, functools.partial(flip, random.Random(f"{seed}-{name}-{number}")))
                 with contextlib.suppress(Exception):
-                    accelerator.load_state(place)
+                    accelerator.load_state(str(file.parent))
                     silent += 1
                 file.write_bytes(whole)
             results.append(f"{name} {silent} of {flips}")
-    return f"flipped bits that `load_state` loads without a word: {', '.join(results)}"
+    return f"`accelerate.load_state` loads without a word: {', '.join(results)}"
 
 
 def run_flips(workspace: Workspace, flips: int, seed: int) -> Row:
