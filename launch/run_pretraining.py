@@ -28,8 +28,8 @@ def build_command(num_gpus: int, arguments: list[str]) -> list[str]:
     ]
 
 
-# A SIGTERM or SIGUSR1 to the launcher reaches every process, which then has the time that a step and
-# a save may take before it is killed.
+# A SIGTERM or SIGUSR1 to the launcher reaches every process, which then has the time that a step
+# and a save may take before it is killed.
 LAUNCHER_ENVIRONMENT = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
