@@ -1,14 +1,16 @@
 """Seeds: a pure function of (seed, step, micro-batch), different wherever one of them is."""
 
 import os
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qloop.seeds import seed_at, use_deterministic_kernels
+from qloop.seeds import seed_at, seed_forward_pass, use_deterministic_kernels
 
 run_seeds = st.integers(0, 2**32 - 1)
 steps = st.integers(0, 10**7)
@@ -95,3 +97,17 @@ def test_a_workspace_setting_of_the_users_own_stays(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     use_deterministic_kernels()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_a_forward_pass_draws_the_same_from_every_generator():
+    drawn = []
+    for noise in (1, 2):
+        random.seed(noise)
+        np.random.seed(noise)
+        torch.manual_seed(noise)
+        seed_forward_pass(seed_at(2**32 - 1, 10**6, 63))
+        drawn.append((float(torch.rand(())), random.random(), float(np.random.rand())))
+    assert drawn[0] == drawn[1]
+    seed_forward_pass(seed_at(2**32 - 1, 10**6, 64))
+    other = (float(torch.rand(())), random.random(), float(np.random.rand()))
+    assert all(one != two for one, two in zip(drawn[0], other, strict=True))
