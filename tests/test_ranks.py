@@ -37,7 +37,7 @@ def test_on_one_rank_it_is_a_plain_call():
     def refuse() -> None:
         raise ConfigError("no")
 
-    with pytest.raises(ConfigError, match="^no$"):
+    with pytest.raises(ConfigError, match=r"^no$"):
         on_main(accelerator, refuse)
 
 
