@@ -18,11 +18,18 @@ class Request(NamedTuple):
     """Whether to save and stop; else to save and go on."""
 
 
+class _LeaveNow(KeyboardInterrupt):
+    """Passes through libraries, which take any Exception for a failure of their own."""
+
+    state = "stopped"
+
+
 class StopRequest:
     """Notes SIGINT, SIGTERM and SIGUSR1 while it is entered.
 
     SIGUSR1 asks for a checkpoint, the others for one and the end. Before the first step there is
-    nothing to save, so those end the run at once; a second SIGINT does so at any time.
+    nothing to save, so those end the run at once, by a StoppedError on the way out; a second SIGINT
+    ends it at any time, by a KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -45,6 +52,8 @@ class StopRequest:
     ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if isinstance(error, _LeaveNow):
+            raise StoppedError(str(error)) from None
 
     def agreed(self, accelerator: Accelerator) -> Request | None:
         """Gives what any rank was asked for; every rank gets the same answer."""
@@ -66,7 +75,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self._stop = number
         if not self.is_running:
-            raise StoppedError(
+            raise _LeaveNow(
                 f"{signal.Signals(number).name}: stopped between start and first step, or after "
                 "the last; the same command goes on from the newest checkpoint"
             )

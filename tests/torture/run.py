@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 RESULTS = ROOT / "reliability.json"
-SUITES = ("protocol", "corruption", "bombs", "kills", "resumes", "stops", "full_disk")
+SUITES = ("protocol", "corruption", "bombs", "kills", "resumes", "stops", "launched", "full_disk")
 BEGIN, END = "<!-- reliability: begin -->\n", "<!-- reliability: end -->\n"
 
 

@@ -28,7 +28,6 @@ ALONE = [sys.executable, "-m", LAUNCHER, "--cpu", "--num_processes", "1"]
 TWO = [sys.executable, "-m", LAUNCHER, "--multi_gpu", "--num_processes", "2"]
 ALONE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 TWO += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-ALL_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 class Trial(NamedTuple):
@@ -139,20 +138,6 @@ PLAIN = [
     Trial("SIGINT twice", ONE, twice, "left", None),
     Trial("SIGTERM while loading", ONE, while_loading, "left", 75),
 ]
-LAUNCHED = [
-    Trial("SIGTERM to the launcher", ALONE, at_random(signal.SIGTERM), "stopped", None),
-    Trial("SIGINT to the launcher", ALONE, at_random(signal.SIGINT), "stopped", None),
-]
-TWOFOLD = [
-    Trial("SIGTERM to the launcher", TWO, at_random(signal.SIGTERM), "stopped", None),
-    Trial("SIGINT to the launcher", TWO, at_random(signal.SIGINT), "stopped", None),
-    Trial("SIGUSR1 to a worker", TWO, to_a_trainer, "finished", 0),
-    Trial("SIGUSR1 to the launcher", TWO, at_random(signal.SIGUSR1), "stopped", None),
-    Trial(
-        *("SIGUSR1 to a launcher that passes it on", TWO, at_random(signal.SIGUSR1)),
-        *("finished or stopped", None, ALL_SIGNALS),
-    ),
-]
 
 
 def try_stop(run: Run, seed: str) -> str:
@@ -254,14 +239,6 @@ def run_stops(workspace: Workspace, title: str, trials: list[Trial], times: int,
 
 
 def run(workspace: Workspace, is_short: bool) -> list[Row]:
-    """Runs all; short: one with one process, one with two."""
-    if is_short:
-        return [
-            run_stops(workspace, "one process", PLAIN[:1], 1, seed=7),
-            run_stops(workspace, "two processes under accelerate launch", TWOFOLD[:1], 1, seed=9),
-        ]
-    return [
-        run_stops(workspace, "one process", PLAIN, 4, seed=7),
-        run_stops(workspace, "single process under accelerate launch", LAUNCHED, 3, seed=8),
-        run_stops(workspace, "two processes under accelerate launch", TWOFOLD, 2, seed=9),
-    ]
+    """One process without a launcher; short: a single stop."""
+    trials, times = (PLAIN[:1], 1) if is_short else (PLAIN, 4)
+    return [run_stops(workspace, "one process", trials, times, seed=7)]

@@ -10,6 +10,7 @@ import bombs
 import corruption
 import full_disk
 import kills
+import launched
 import pytest
 import resumes
 import run as runner
@@ -31,7 +32,7 @@ def assert_held(rows: list[Row]) -> None:
         assert row.survived == row.trials, row.first_failure
 
 
-@pytest.mark.parametrize("suite", [corruption, bombs, kills, resumes, stops])
+@pytest.mark.parametrize("suite", [corruption, bombs, kills, resumes, stops, launched])
 def test_every_promise_holds_in_short(workspace, suite):
     assert_held(suite.run(workspace, is_short=True))
 
