@@ -73,6 +73,13 @@ class RunDirectory:
         write_atomically(self.config, dump_yaml(config))
         for folder in (self.checkpoints, self.logs, self.results):
             folder.mkdir(exist_ok=True)
+        # A checkpoint is no safer than the names of the folders it lies in.
+        for folder in (self.path, self.path.parent):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint after a step lies."""

@@ -507,5 +507,27 @@ def test_the_newest_good_one_is_found_and_newer_damaged_ones_are_moved_aside(par
     ]
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ENOMEM])
+def test_what_cannot_be_read_for_now_is_not_moved_aside(parts, number, monkeypatch):
+    save(parts)
+
+    class Busy(FileSystem):
+        def read(self, path: Path):
+            raise OSError(number, "not now", str(path))
+
+    with pytest.raises(OSError, match="not now"):
+        CheckpointStore(parts.run.checkpoints, Busy()).find_newest(print)
+    assert names_in(parts.run.checkpoints) == {"checkpoint-1"}
+
+
+def test_all_bytes_of_wide_items_are_written(tmp_path):
+    content = memoryview(bytes((1 << 22) + 400)).cast("f")
+    disk = FileSystem()
+    descriptor = disk.create(tmp_path / "file")
+    disk.append(descriptor, content)
+    disk.close(descriptor)
+    assert (tmp_path / "file").stat().st_size == (1 << 22) + 400
+
+
 def test_no_checkpoint_is_newest_of_an_empty_or_missing_folder(tmp_path):
     assert CheckpointStore(tmp_path / "missing", FileSystem()).find_newest(print) is None

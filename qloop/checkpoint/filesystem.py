@@ -27,6 +27,7 @@ class FileSystem:
 
     def append(self, descriptor: int, data: memoryview) -> None:
         """Writes all of `data`."""
+        data = data.cast("B") if data.nbytes else data  # so that its items are what write counts
         while data.nbytes:
             data = data[os.write(descriptor, data[:_PIECE_BYTES]) :]
 
@@ -70,7 +71,7 @@ class FileSystem:
         """Bytes of a plain file; None for anything else: a link, a pipe, nothing."""
         try:
             status = path.lstat()
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 

@@ -76,8 +76,8 @@ def _examine(store: CheckpointStore, path: Path, with_hashes: bool) -> Listed:
         return Listed(path, store.verify(path, with_hashes), "")
     except DamagedError as error:
         return Listed(path, None, str(error))
-    except PermissionError as error:
-        raise CheckpointError(f"{path}: may not be read: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
 def _show_loss(loss: float | None) -> str:

@@ -19,6 +19,7 @@ A manifest protects from damage, not from a person who writes a new one to go wi
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import re
@@ -42,6 +43,8 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 # Formats that run code when they are loaded.
 _REFUSED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".distcp")
 _MAX_TEXT_BYTES = 1 << 24
+# Errors of reading that tell of the disk, or of what lies there; no other is a checkpoint's fault.
+_DAMAGE = (errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 class DamagedError(Exception):
@@ -89,7 +92,7 @@ class CheckpointStore:
     def __init__(
         self, folder: Path, filesystem: FileSystem, check_lock: Callable[[], None] = _unlocked
     ) -> None:
-        """Takes a folder that may not be there yet.
+        """Takes a folder, which is there before the first `write`.
 
         Args:
             folder: Where the step directories are.
@@ -117,8 +120,8 @@ class CheckpointStore:
             held_out_loss: For the manifest, and for the choice of the best.
 
         Raises:
-            OSError: The disk refused. What was written is deleted again, every older directory is
-                as it was.
+            OSError: The disk refused. What was written is deleted again, or stays whole under its
+                name if only the last sync was refused; every older directory is as it was.
         """
         path = self.folder / f"checkpoint-{step}"
         unfinished = self.folder / f"{_UNFINISHED}{path.name}-{uuid.uuid4().hex[:8]}"
@@ -159,16 +162,17 @@ class CheckpointStore:
 
         Raises:
             DamagedError: COMMIT, manifest or files do not agree, or something else lies there.
-            PermissionError: It may not be read, which is no damage.
+            OSError: It cannot be read for a reason that is no damage: no permission, too many open
+                files.
         """
         try:
             manifest = self._read_manifest(path)
             self._check_names(path, manifest)
             for name, expected in manifest.files.items():
                 self._check_file(path / name, expected, with_hashes)
-        except PermissionError:
-            raise
         except OSError as error:
+            if error.errno not in _DAMAGE:
+                raise
             raise DamagedError(f"cannot be read: {error}") from error
         return manifest
 
