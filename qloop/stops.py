@@ -34,7 +34,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.is_running = False
-        """Whether steps are being made, and `agreed` will be asked."""
+        """Whether the first step has begun; after the last, what is left to do is short."""
         self._stop = 0
         self._save = False
         self._handlers: dict[int, Any] = {}
@@ -76,6 +76,6 @@ class StopRequest:
         self._stop = number
         if not self.is_running:
             raise _LeaveNow(
-                f"{signal.Signals(number).name}: stopped between start and first step, or after "
-                "the last; the same command goes on from the newest checkpoint"
+                f"{signal.Signals(number).name}: stopped between start and first step; "
+                "the same command goes on from the newest checkpoint"
             )

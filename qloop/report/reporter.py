@@ -49,6 +49,11 @@ class Reporter:
                 values.pop("step"), {f"train/{name}": value for name, value in values.items()}
             )
 
+    def flush(self) -> None:
+        """Tries again to write the steps that the disk refused, before a save relies on them."""
+        if self.is_main:
+            self._metrics.flush()
+
     def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Reports held-out results."""
         if self.is_main:
