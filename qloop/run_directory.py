@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qloop.checkpoint.filesystem import FileSystem
 from qloop.config import Config, dump_yaml, find_changes, load_config
 from qloop.errors import ConfigError
 
@@ -75,11 +76,7 @@ class RunDirectory:
             folder.mkdir(exist_ok=True)
         # A checkpoint is no safer than the names of the folders it lies in.
         for folder in (self.path, self.path.parent):
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            FileSystem().sync_folder(folder)
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint after a step lies."""

@@ -132,12 +132,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "qloop.checkpoint.store": {"qloop.checkpoint.filesystem"},
     "qloop.checkpoint.tensors": {"qloop.errors"},
+    "qloop.run_directory": {"qloop.checkpoint.filesystem", "qloop.config", "qloop.errors"},
     "qloop.checkpoint.filesystem": set(),
     "qloop.ranks": {"qloop.errors"},
     "qloop.lock": {"qloop.errors"},
     "qloop.stops": {"qloop.errors"},
     "qloop.optimizer": {"qloop.config"},
-    "qloop.run_directory": {"qloop.config", "qloop.errors"},
     "qloop.config": {"qloop.errors"},
     # The ground: these know nothing of qloop.
     "qloop.progress": set(),

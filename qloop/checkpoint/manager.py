@@ -210,13 +210,12 @@ class CheckpointManager:
             kept += last_step // self._settings.keep_every - step // self._settings.keep_every
         # One more than is kept: the oldest goes only after the newest is whole.
         needed = size * min(saves, kept + 1)
-        freed = self._store.folder
         free = self._store.count_free_bytes()
         if needed <= free:
             return []
         return [
-            f"space      {freed}: {show_bytes(free)} are free, but the checkpoints to come need "
-            f"{show_bytes(needed)} ({show_bytes(size)} each); make room, or keep fewer"
+            f"space      {self._store.folder}: {show_bytes(free)} are free, but the checkpoints to "
+            f"come need {show_bytes(needed)} ({show_bytes(size)} each); make room, or keep fewer"
         ]
 
     def _fits_in_memory(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> bool:
@@ -266,9 +265,12 @@ class CheckpointManager:
         if self._pending and (wait or self._pending.done()):
             error = self._pending.exception()
             outcome = _COMMITTED
-            if error:
-                outcome = _REFUSED if isinstance(error, OSError) else _CRASHED
-                outcome = _FENCED if isinstance(error, LockedError) else outcome
+            if isinstance(error, OSError):
+                outcome = _REFUSED
+            elif isinstance(error, LockedError):
+                outcome = _FENCED
+            elif error:
+                outcome = _CRASHED
         told = torch.tensor(outcome, device=self._accelerator.device)
         return int(self._accelerator.reduce(told, "sum"))
 
