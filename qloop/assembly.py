@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from transformers import PreTrainedTokenizerBase
 
 from qloop.checkpoint.filesystem import FileSystem
@@ -15,13 +14,15 @@ from qloop.checkpoint.manager import (
     Checkpoint,
     CheckpointManager,
     Origins,
-    restore_optimizer,
+    restore,
 )
 from qloop.checkpoint.store import CheckpointStore
 from qloop.config import Config, ModelConfig
 from qloop.data.packing import BlockIndex, pack_best_fit, pack_wrapped
 from qloop.data.sources import find_sources
 from qloop.data.tokens import Corpus, Encoder, Source, TokenStore, load_corpus
+from qloop.engines.build import build_accelerator, build_engine, describe_engine
+from qloop.engines.engine import Engine
 from qloop.errors import ConfigError, DataError, QloopError, telling_of_disk_errors
 from qloop.lock import RunLock
 from qloop.model.attention import check_isolation
@@ -36,14 +37,12 @@ from qloop.model.build import (
     load_tokenizer,
 )
 from qloop.model.saving import collect_files
-from qloop.optimizer import build_optimizer
 from qloop.progress import Progress
 from qloop.ranks import on_main
 from qloop.report.ledger import describe_corpus, describe_ledger
 from qloop.report.reporter import Reporter
-from qloop.resume import choose_checkpoint, refuse_other_origins
+from qloop.resume import Step, choose_checkpoint, divide_step, refuse_other_origins
 from qloop.run_directory import RunDirectory, locate_run, write_json
-from qloop.seeds import use_deterministic_kernels
 
 _PACKINGS = {"best_fit": pack_best_fit, "wrapped": pack_wrapped}
 
@@ -69,7 +68,9 @@ class Assembly:
     index: BlockIndex
     held_out: HeldOut | None
     model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    """As prepared: to be called, and in the loop only."""
+    engine: Engine
+    step: Step
     progress: Progress
     checkpoints: CheckpointManager
     report: Reporter
@@ -133,8 +134,8 @@ def _assemble(
     model_config = load_model_config(config.model)
     check_sizes(model_config, encoder.vocabulary_size, config.data.max_seq_length)
     corpus, index, held_out = _load_data(config, sources, encoder, accelerator)
-    step_blocks = count_step_blocks(config, accelerator.num_processes)
-    last_step = count_steps(config, len(index), step_blocks, progress)
+    step = divide_step(config, accelerator.num_processes, checkpoint)
+    last_step = count_steps(config, len(index), step.blocks, progress)
 
     precision = choose_precision(config.model.precision, accelerator.device)
     model = build_model(
@@ -144,14 +145,15 @@ def _assemble(
         accelerator.device,
         config.run.seed,
         checkpoint.path if checkpoint else None,
-    ).to(accelerator.device)
-    isolation = check_isolation(model, encoder.vocabulary_size, precision)
+    )
+    model_line = describe_model(config.model, model, precision, accelerator)
     fingerprints = {
         "corpus": corpus.fingerprint,
         "tokenizer": encoder.fingerprint,
-        "frozen_weights": fingerprint_weights(model),
+        # Under FSDP2 only the main rank has read the weights.
+        "frozen_weights": on_main(accelerator, lambda: fingerprint_weights(model)),
     }
-    origins = Origins(config.model_dump(mode="json"), fingerprints, step_blocks)
+    origins = Origins(config.model_dump(mode="json"), fingerprints, step.blocks)
     if checkpoint:
         refuse_other_origins(checkpoint, origins, config.run.allow_change)
 
@@ -164,10 +166,10 @@ def _assemble(
 
     on_main(accelerator, write_folder)
     files = collect_files(model, tokenizer)
-    optimizer = build_optimizer(model, config.optimizer)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    engine = build_engine(accelerator, model, config, step.accumulation)
+    isolation = check_isolation(engine.plain, encoder.vocabulary_size, precision)
     if checkpoint:
-        restore_optimizer(checkpoint, accelerator.unwrap_model(model), optimizer)
+        restore(engine, checkpoint)
 
     with telling_of_disk_errors(run.logs):
         report = Reporter(run, config, progress.step, last_step, accelerator.is_main_process)
@@ -179,16 +181,17 @@ def _assemble(
         *notes,
         f"run        {run.path}",
         *describe_ledger(ledger, corpus.was_cached),
-        describe_model(config.model, model, precision, accelerator),
+        model_line,
         "isolation  packed documents do not see each other (logits move by "
         f"{isolation.swapped:.0e}, alone {isolation.alone:.0e})",
         f"steps      {progress.step} of {last_step} made{going_on}",
-        *checkpoints.warn_of_space(model, progress.step, last_step),
+        *step.notes,
+        *checkpoints.warn_of_space(engine, progress.step, last_step),
     ]
     report.say("\n".join(opening_lines))
     return Assembly(
-        config, run, lock, accelerator, tokenizer, corpus.train, index, held_out, model, optimizer,
-        progress, checkpoints, report, last_step,
+        config, run, lock, accelerator, tokenizer, corpus.train, index, held_out,
+        engine.model, engine, step, progress, checkpoints, report, last_step,
     )  # fmt: skip
 
 
@@ -214,49 +217,17 @@ def _load_data(
     return corpus, index, held_out
 
 
-def build_accelerator(config: Config) -> Accelerator:
-    """Builds the accelerator for the machine it finds; one without a GPU may still have ranks.
-
-    Raises:
-        ConfigError: The launcher asks for an engine that shards the optimizer.
-    """
-    if config.run.deterministic:
-        use_deterministic_kernels()
-    cpu = not torch.accelerator.is_available()
-    device = torch.device("cpu" if cpu else torch.accelerator.current_accelerator() or "cpu")
-    precision = choose_precision(config.model.precision, device)
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        # As a plugin: a plain number would yield to an environment variable of the launcher.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.batch.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-    )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ConfigError(
-            f"accelerate launch: {accelerator.distributed_type.value} shards the optimizer, which "
-            "checkpoints cannot hold yet; launch without it (one process per GPU, each with the "
-            "whole model), or use lora or qlora"
-        )
-    return accelerator
-
-
 def describe_model(
     config: ModelConfig, model: torch.nn.Module, precision: str, accelerator: Accelerator
 ) -> str:
     """Says in the opening lines what is trained, and on what."""
     total, trained = count_parameters(model)
+    engine = f", {name}" if (name := describe_engine(accelerator)) else ""
     return (
         f"model      {config.model_config_file or config.model_name}: {total:,} parameters, "
         f"{trained:,} trained ({config.training_method}, {precision}, "
-        f"{accelerator.device.type} x {accelerator.num_processes})"
+        f"{accelerator.device.type} x {accelerator.num_processes}{engine})"
     )
-
-
-def count_step_blocks(config: Config, num_processes: int) -> int:
-    """Says how many blocks a step reads, over all ranks."""
-    return config.batch.batch_size * config.batch.gradient_accumulation_steps * num_processes
 
 
 def count_steps(config: Config, num_blocks: int, step_blocks: int, progress: Progress) -> int:

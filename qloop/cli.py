@@ -137,15 +137,30 @@ def main() -> None:
         cli.main(standalone_mode=False)
     except QloopError as error:
         print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        _leave(error.exit_code)
     except click.ClickException as error:
         error.show()
-        sys.exit(78)
+        _leave(78)
     except (KeyboardInterrupt, click.Abort):
         print(
             "interrupted; the newest checkpoint is whole, the same command goes on", file=sys.stderr
         )
-        sys.exit(130)
+        _leave(130)
+    _leave(0)
+
+
+def _leave(code: int) -> None:
+    """Ends the process; everything is written and closed.
+
+    One of several processes skips the end of the interpreter: there, threads of torch.distributed
+    that wait for it are ended within C++ code that cannot be left, and abort the process.
+    """
+    torch = sys.modules.get("torch")
+    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _stop_with_launcher() -> None:

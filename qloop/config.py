@@ -213,6 +213,9 @@ class CheckpointConfig(Section):
     async_checkpoint: bool = Field(
         True, description="write behind the loop, from a copy in host memory, where that fits"
     )
+    share_above_gb: float = Field(
+        20, ge=0, description="with several processes, each writes a part of a checkpoint this big"
+    )
     max_failed_saves: int = Field(
         3, gt=0, description="saves that may fail in a row, on a full disk, before the run ends"
     )

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,28 +55,29 @@ def evaluate(
     change nothing but the last digits.
 
     Args:
-        model: In any mode; left as it was.
+        model: Unwrapped, in any mode; left as it was.
         store: The held-out documents.
         index: Their blocks.
         batch_size: Blocks in a forward pass.
         accelerator: Knows the device and the ranks.
     """
-    # Unwrapped: ranks may have different numbers of batches, and must not wait for each other.
-    plain = accelerator.unwrap_model(model)
-    was_training = plain.training
-    plain.eval()
+    was_training = model.training
+    model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    batches = [
-        np.arange(first, min(first + batch_size, len(index)))
-        for first in range(0, len(index), batch_size)
-    ]
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
     with torch.no_grad():
-        for block_ids in batches[accelerator.process_index :: accelerator.num_processes]:
-            micro_batch = build_micro_batch(store, index, block_ids)
+        for first in range(0, len(index), batch_size * num_ranks):
+            begin = first + batch_size * rank
+            block_ids = np.arange(begin, min(begin + batch_size, len(index)))
+            # Where the weights are sharded, every rank has to call the model as often as the
+            # others; one that has no block left reads the last one again, and counts nothing.
+            read_ids = block_ids if len(block_ids) else np.array([len(index) - 1])
+            micro_batch = build_micro_batch(store, index, read_ids)
             targets = count_targets([micro_batch])
-            loss_sum, correct = predict(plain, micro_batch.to(accelerator.device))
-            sums += torch.stack([loss_sum, correct, torch.full_like(loss_sum, targets)])
-    plain.train(was_training)
+            loss_sum, correct = predict(model, micro_batch.to(accelerator.device))
+            measured = torch.stack([loss_sum, correct, torch.full_like(loss_sum, targets)])
+            sums += measured if len(block_ids) else 0
+    model.train(was_training)
     nats, correct_tokens, target_tokens = accelerator.reduce(sums, "sum").tolist()
     loss = nats / target_tokens
     target_bytes = int(store.target_bytes.sum())
@@ -90,7 +92,7 @@ def evaluate(
 
 
 def sample_completions(
-    model: torch.nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     store: TokenStore,
     num_samples: int,
@@ -102,9 +104,8 @@ def sample_completions(
 
     Drawn at temperature 0.8 from the likeliest 95 %; the same seed draws the same.
     """
-    plain = accelerator.unwrap_model(model)
-    was_training = plain.training
-    plain.eval()
+    was_training = model.training
+    model.eval()
     samples = []
     for document in np.unique(np.linspace(0, len(store) - 1, num_samples, dtype=np.int64)).tolist():
         ids = torch.from_numpy(
@@ -113,7 +114,7 @@ def sample_completions(
         cut = min(_PROMPT_TOKENS, len(ids) // 2)
         torch.manual_seed(seed + document)
         with torch.no_grad(), accelerator.autocast():
-            output = plain.generate(
+            output = model.generate(
                 input_ids=ids[None, :cut].to(accelerator.device),
                 attention_mask=torch.ones(1, cut, dtype=torch.int64, device=accelerator.device),
                 max_new_tokens=sample_tokens,
@@ -122,6 +123,8 @@ def sample_completions(
                 top_p=0.95,
                 pad_token_id=store.end_id,
                 eos_token_id=store.end_id,
+                # A rank whose sample has ended goes on calling sharded weights until all have.
+                synced_gpus=accelerator.num_processes > 1,
             )[0, cut:]
         samples.append(
             Sample(
@@ -131,5 +134,5 @@ def sample_completions(
                 )
             )
         )
-    plain.train(was_training)
+    model.train(was_training)
     return samples

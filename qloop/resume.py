@@ -1,13 +1,14 @@
 """What a run goes on from: the newest good checkpoint, if it is this run's."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from qloop.checkpoint.filesystem import FileSystem
 from qloop.checkpoint.manager import Checkpoint, Origins, read_checkpoint
 from qloop.checkpoint.store import CheckpointStore, DamagedError, Kept
 from qloop.config import Config, find_changes
-from qloop.errors import CheckpointError, ConfigError
+from qloop.errors import CheckpointError, ConfigError, join_names
 
 _WORDS = ("auto", "never", "restart")
 
@@ -71,20 +72,68 @@ def refuse_other_origins(
     """Makes sure that a run goes on with what it was made of.
 
     Raises:
-        ConfigError: The corpus, the tokenizer, the frozen base or the size of a step is another,
-            and `allow_change` does not name it.
+        ConfigError: The corpus, the tokenizer or the frozen base is another, and `allow_change`
+            does not name it.
     """
-    before = {**checkpoint.origins.fingerprints, "step_blocks": checkpoint.origins.step_blocks}
-    now = {**origins.fingerprints, "step_blocks": origins.step_blocks}
+    before, now = checkpoint.origins.fingerprints, origins.fingerprints
     other = [name for name in now if before.get(name) != now[name] and name not in allow_change]
     if other:
-        shown = [f"{name}: {_show(before.get(name))} -> {_show(now[name])}" for name in other]
+        shown = [f"{name}: {str(before.get(name))[:12]} -> {now[name][:12]}" for name in other]
         raise ConfigError(
             f"{checkpoint.path}: was made of something else, so going on would make another run "
             "of it:\n  " + "\n  ".join(shown) + "\n"
             "bring back what was there, or give another --experiment_name, or say that it may "
             f"change: --allow_change {','.join(other)}"
         )
+
+
+@dataclass(frozen=True)
+class Step:
+    """How the blocks of a step are divided."""
+
+    blocks: int
+    """Over all ranks; they belong to the run."""
+    accumulation: int
+    """Micro-batches of `batch_size` blocks that each rank makes of them."""
+    notes: tuple[str, ...] = ()
+    """What the person should know of it."""
+
+
+def divide_step(config: Config, num_processes: int, checkpoint: Checkpoint | None) -> Step:
+    """Divides a step among the ranks: the first start decides its blocks, later ones follow.
+
+    With batch_size 1, gradient_accumulation_steps 8 and 2 processes a step reads 16 blocks; gone on
+    with by 4 processes, each makes 4 micro-batches of one block, and every step reads the blocks
+    that it would have read.
+
+    Raises:
+        ConfigError: The processes cannot divide the step; with the numbers that can.
+    """
+    batch = config.batch
+    wanted = Step(
+        batch.batch_size * batch.gradient_accumulation_steps * num_processes,
+        batch.gradient_accumulation_steps,
+    )
+    if not checkpoint or "step_blocks" in config.run.allow_change:
+        return wanted
+    blocks = checkpoint.origins.step_blocks
+    accumulation, rest = divmod(blocks, batch.batch_size * num_processes)
+    if rest or not accumulation:
+        micro_batches, odd = divmod(blocks, batch.batch_size)
+        counts = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+        can = "lower batch_size" if odd else f"start {join_names(list(map(str, counts)))} processes"
+        raise ConfigError(
+            f"{checkpoint.path}: each of its steps reads {blocks} blocks, which {num_processes} "
+            f"processes with batch_size {batch.batch_size} cannot divide; {can}, or let the step "
+            "become another: --allow_change step_blocks"
+        )
+    notes: tuple[str, ...] = ()
+    if accumulation != batch.gradient_accumulation_steps:
+        notes = (
+            f"accumulate {accumulation} micro-batches a step on each of {num_processes} processes, "
+            f"not {batch.gradient_accumulation_steps}: a step of this run reads {blocks} blocks",
+        )
+    return Step(blocks, accumulation, notes)
 
 
 def _refuse_to_start_afresh(store: CheckpointStore) -> None:
@@ -112,7 +161,3 @@ def _verify_named(path: Path) -> None:
             f"resume: {path}: not a good checkpoint: {error}; give another, or --resume auto for "
             "the newest good one"
         ) from error
-
-
-def _show(value: object) -> str:
-    return value[:12] if isinstance(value, str) else str(value)

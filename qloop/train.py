@@ -17,7 +17,6 @@ from qloop.data.batches import block_ids_at, build_micro_batch, count_targets
 from qloop.errors import DivergenceError, StoppedError
 from qloop.evaluate import evaluate, sample_completions
 from qloop.model.loss import next_token_loss
-from qloop.optimizer import clip_gradients, measure_grad_norm, set_learning_rate
 from qloop.report.metrics import build_step_record
 from qloop.schedule import learning_rate_at
 from qloop.seeds import seed_at, seed_forward_pass
@@ -55,12 +54,10 @@ def train(config: Config, notes: list[str]) -> None:
 def run_steps(parts: Assembly, stop: StopRequest) -> None:
     """Makes every step that is still to make."""
     config, accelerator, device = parts.config, parts.accelerator, parts.accelerator.device
-    model, optimizer, progress, report = parts.model, parts.optimizer, parts.progress, parts.report
+    model, engine, progress, report = parts.model, parts.engine, parts.progress, parts.report
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
-    schedule = config.schedule
-    accumulation = config.batch.gradient_accumulation_steps
-    step_blocks = config.batch.batch_size * accumulation * num_ranks
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    step_blocks, accumulation = parts.step.blocks, parts.step.accumulation
+    schedule, max_grad_norm = config.schedule, config.optimizer.max_grad_norm
 
     report.write_status("running", progress.step)
     if progress.step == 0:
@@ -90,24 +87,22 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
             seed_forward_pass(seed_at(config.run.seed, progress.step, number * num_ranks + rank))
             with accelerator.accumulate(model):
                 micro_loss = next_token_loss(model, micro_batch.to(device))
-                accelerator.backward(micro_loss * (accumulation * num_ranks / divisor))
+                engine.backward(micro_loss * (accumulation * num_ranks / divisor))
             loss_sum += micro_loss.detach()
         loss = float(accelerator.reduce(loss_sum, "sum")) / divisor
-        grad_norm = measure_grad_norm(trained)
+        grad_norm = engine.measure_grad_norm()
         computed = time.perf_counter()
 
         # 3. Refuse, clip, update: a bad step never reaches the weights. Clipping comes after the
         # check, since it spreads one NaN over every gradient.
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergenceError(progress.step + 1, loss, float(grad_norm), block_ids.tolist())
-        clip_gradients(trained, config.optimizer.max_grad_norm, grad_norm)
+        engine.clip_gradients(max_grad_norm, grad_norm)
         learning_rate = learning_rate_at(
             progress.step, schedule.learning_rate, schedule.min_learning_rate,
             schedule.warmup_steps, parts.last_step,
         )  # fmt: skip
-        set_learning_rate(optimizer, learning_rate)
-        optimizer.step()
-        optimizer.zero_grad()
+        engine.step(learning_rate)
         updated = time.perf_counter()
 
         # 4. Account for the step; then report, evaluate and save, each when it is due.
@@ -125,7 +120,7 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
         is_end = progress.step == parts.last_step or (request is not None and request.stops)
         if request or progress.is_due(config.checkpoint.save_steps, parts.last_step):
             report.flush()
-            parts.checkpoints.save(model, optimizer, progress, loss, held_out_loss, is_end)
+            parts.checkpoints.save(engine, progress, loss, held_out_loss, is_end)
             report.write_status("running", progress.step)
         if request and request.stops and progress.step < parts.last_step:
             raise StoppedError(
@@ -139,7 +134,7 @@ def measure_held_out(parts: Assembly) -> float | None:
     if parts.held_out is None:
         return None
     evaluation = evaluate(
-        parts.model,
+        parts.engine.plain,
         parts.held_out.store,
         parts.held_out.index,
         parts.config.evaluate.eval_batch_size,
@@ -154,7 +149,7 @@ def finish(parts: Assembly) -> None:
     samples = []
     if parts.held_out and parts.config.evaluate.num_samples:
         samples = sample_completions(
-            parts.model,
+            parts.engine.plain,
             parts.tokenizer,
             parts.held_out.store,
             parts.config.evaluate.num_samples,

@@ -8,6 +8,10 @@
       progress.json                        counters, config, and what the run was made of
       manifest.json, COMMIT                see store.py, which writes them
 
+Above `share_above_gb` every rank writes whole tensors of its own, of weights and of moments:
+`model-00001-of-00004.safetensors` and so on, with the index that `from_pretrained` reads. How many
+ranks wrote, and by which engine, matters to nobody who reads: no tensor is cut.
+
 There are no random states: every forward pass is seeded from (seed, step, micro-batch).
 """
 
@@ -16,31 +20,45 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 
-from qloop.checkpoint.store import CheckpointStore, Kept, show_bytes
-from qloop.checkpoint.tensors import HostCopies, encode_tensors, load_tensors, read_kinds
+from qloop.checkpoint.store import CheckpointStore, File, Kept, show_bytes
+from qloop.checkpoint.tensors import (
+    HostCopies,
+    Kind,
+    Piece,
+    SavedTensors,
+    align,
+    deal_out,
+    encode_tensors,
+    gather_mine,
+)
 from qloop.config import CheckpointConfig
+from qloop.engines.engine import Engine
 from qloop.errors import CheckpointError, LockedError
-from qloop.model.saving import collect_weights
 from qloop.progress import Progress
 
-OPTIMIZER = "optimizer.safetensors"
+T = TypeVar("T")
+
+MOMENTS = "optimizer"  # the stem of their files
 PROGRESS = "progress.json"
+INDEX = ".safetensors.index.json"
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors")
 
-# What the ranks tell each other of a save; the main one knows, the others add nothing.
+# What the ranks tell each other of a commit; the main one knows, the others add nothing.
 _RUNNING, _COMMITTED, _REFUSED, _FENCED, _CRASHED = 0, 1, 2, 3, 4
 
 
@@ -70,8 +88,21 @@ class _Committed(NamedTuple):
     messages: list[str]
 
 
+class _Written(NamedTuple):
+    """What a rank has written of a save, or why it could not."""
+
+    files: dict[str, File]
+    refused: str
+    """The disk's reason."""
+    crashed: bool
+
+
 class CheckpointManager:
-    """The checkpoints of one run; every rank calls, the main one writes."""
+    """The checkpoints of one run; every rank calls, and each writes its share.
+
+    A save goes in two steps. Every rank writes the tensors that are dealt to it, behind the loop if
+    there is memory for a copy. When all have ended, and none failed, the main rank commits.
+    """
 
     def __init__(
         self,
@@ -100,16 +131,14 @@ class CheckpointManager:
         self._say = say
         self._copies = HostCopies()
         self._is_async = settings.async_checkpoint
-        self._pending: Future[_Committed] | None = None  # on the main rank
-        self._is_pending = False  # on every rank
+        self._save: _Save | None = None
         self._failed_saves = 0
         self.stood_still_seconds = 0.0
         """How long the last save kept the loop waiting, its commit left out if it was behind it."""
 
     def save(
         self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
+        engine: Engine,
         progress: Progress,
         loss: float,
         held_out_loss: float | None,
@@ -118,8 +147,7 @@ class CheckpointManager:
         """Takes the run's state; it is committed now, or behind the loop.
 
         Args:
-            model: As prepared.
-            optimizer: As prepared.
+            engine: Holds model and optimizer.
             progress: After the step.
             loss: Of the step.
             held_out_loss: Measured after this very step, or None.
@@ -132,20 +160,27 @@ class CheckpointManager:
         """
         self.settle(wait=True)
         started = time.perf_counter()
-        state = self._accelerator.get_state_dict(model)
-        if self._accelerator.is_main_process:
-            plain = self._accelerator.unwrap_model(model)
-            weights_file, weights = collect_weights(plain, state)
-            tensors = {weights_file: weights, OPTIMIZER: name_moments(plain, optimizer)}
-            behind = self._is_async and not must_succeed and self._fits_in_memory(tensors)
-            if behind:
-                tensors = {name: self._copies.take(name, part) for name, part in tensors.items()}
-            files = {**self._files, PROGRESS: self._dump_progress(progress)}
-            commit = functools.partial(
-                self._commit, progress.step, tensors, files, loss, held_out_loss
-            )
-            self._pending = _run(commit, behind)
-        self._is_pending = True
+        unfinished, refused = _on_main(self._accelerator, lambda: self._store.begin(progress.step))
+        if unfinished is None:
+            self._fail(refused, must_succeed)
+            return
+        shares = self._deal_out(engine)
+        behind = self._is_async and not must_succeed and self._fits_in_memory(shares)
+        tensors = [_Tensors(share, gather_mine(share.pieces, share.mine)) for share in shares]
+        if behind:
+            tensors = [
+                _Tensors(share, self._copies.take(share.file, share.mine, gathered))
+                for share, gathered in tensors
+            ]
+        texts = {**self._files, PROGRESS: self._dump_progress(progress)}
+        texts |= {f"{share.stem}{INDEX}": share.index_file for share in shares if share.index_file}
+
+        def write() -> _Written:
+            return self._write(unfinished, tensors, texts if self._is_main else {})
+
+        self._save = _Save(
+            unfinished, progress.step, loss, held_out_loss, behind, _run(write, behind)
+        )
         self.stood_still_seconds = time.perf_counter() - started
         if must_succeed or not self._is_async:
             self.settle(wait=True, must_succeed=must_succeed)
@@ -161,24 +196,51 @@ class CheckpointManager:
             CheckpointError: It failed, and that was the last attempt.
             LockedError: Another process has taken the run's folder.
         """
-        if not self._is_pending:
+        save = self._save
+        if save is None:
             return
-        outcome = self._agree(wait)
+        if save.committing is None and self._all(wait or save.writing.done()):
+            self._seal_or_fail(save, must_succeed)
+        if self._save is None or save.committing is None:
+            return
+        outcome = self._agree(save.committing, wait)
         if outcome == _RUNNING:
             return
-        self._is_pending = False
-        pending, self._pending = self._pending, None
+        self._save = None
         if outcome == _CRASHED:
-            raise _failure(pending)
+            raise _failure(save.committing)
         if outcome == _FENCED:
-            raise LockedError(str(_failure(pending)))
-        if outcome == _COMMITTED:
-            self._failed_saves = 0
-            if pending:
-                self._report(pending.result())
+            raise LockedError(str(_failure(save.committing)))
+        if outcome == _REFUSED:
+            self._fail(str(_failure(save.committing)), must_succeed)
             return
+        self._failed_saves = 0
+        if self._is_main:
+            self._report(save.committing.result())
+
+    def _seal_or_fail(self, save: "_Save", must_succeed: bool) -> None:
+        """Commits what all ranks have written; or counts the save as failed on all of them."""
+        crash = save.writing.exception()
+        mine = _Written({}, repr(crash), crashed=True) if crash else save.writing.result()
+        parts: list[_Written] = gather_object([mine])
+        refused = next((part.refused for part in parts if part.refused), "")
+        if any(part.crashed for part in parts):
+            self._save = None
+            raise crash or CheckpointError(f"a process could not write its part: {refused}")
+        if refused:
+            self._save = None
+            if self._is_main:
+                self._store.abandon(save.unfinished)
+            self._fail(refused, must_succeed)
+            return
+        files = {name: file for part in parts for name, file in part.files.items()}
+        commit = functools.partial(self._commit, save, files)
+        save.committing = _run(commit, save.behind) if self._is_main else Future()
+
+    def _fail(self, refused: str, must_succeed: bool) -> None:
+        """Counts a failed save; raises if that was the last attempt."""
         self._failed_saves += 1
-        text = f"{self._store.folder}: a checkpoint could not be saved: {_failure(pending)}"
+        text = f"{self._store.folder}: a checkpoint could not be saved: {refused}"
         if must_succeed or self._failed_saves >= self._settings.max_failed_saves:
             raise CheckpointError(
                 f"{text}; {_count(self._failed_saves, 'save')} in a row failed, every older "
@@ -191,18 +253,31 @@ class CheckpointManager:
         )
 
     def close(self) -> None:
-        """Lets a save behind the loop end, when the run ends by an error; asks no other rank."""
-        if self._pending and not self._pending.exception():
-            self._report(self._pending.result())
-        elif self._pending:
-            self._say(f"{self._store.folder}: the last save failed: {self._pending.exception()}")
-        self._pending, self._is_pending = None, False
+        """Lets a save behind the loop end, when the run ends by an error; asks no other rank.
 
-    def warn_of_space(self, model: torch.nn.Module, step: int, last_step: int) -> list[str]:
+        One rank alone commits it; of several, none knows whether the others have written.
+        """
+        save, self._save = self._save, None
+        if save is None:
+            return
+        if save.committing is None and self._accelerator.num_processes == 1:
+            written = save.writing.result()
+            if not written.refused:
+                save.committing = _run(lambda: self._commit(save, written.files), behind=False)
+        if not self._is_main:
+            return
+        if save.committing is None:
+            self._say(f"{self._store.folder}: the last save was not finished")
+        elif error := save.committing.exception():
+            self._say(f"{self._store.folder}: the last save failed: {error}")
+        else:
+            self._report(save.committing.result())
+
+    def warn_of_space(self, engine: Engine, step: int, last_step: int) -> list[str]:
         """Says so if the free space will not hold the checkpoints that the run is to make."""
-        _, weights = collect_weights(self._accelerator.unwrap_model(model))
-        moments = sum(8 * p.numel() for p in model.parameters() if p.requires_grad)
-        size = sum(tensor.nbytes for tensor in weights.values()) + moments
+        _, weights = engine.collect_weights()
+        size = sum(piece.kind.nbytes for piece in weights.values())
+        size += sum(8 * math.prod(shape) for shape in engine.shapes().values())
         size += sum(map(len, self._files.values()))
         saves = math.ceil((last_step - step) / self._settings.save_steps)
         kept = self._settings.keep_checkpoints + int(self._settings.keep_best)
@@ -218,16 +293,61 @@ class CheckpointManager:
             f"come need {show_bytes(needed)} ({show_bytes(size)} each); make room, or keep fewer"
         ]
 
-    def _fits_in_memory(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> bool:
-        size = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
-        free = count_free_memory() + self._copies.nbytes
-        if size < 0.8 * free:
+    @property
+    def _is_main(self) -> bool:
+        return bool(self._accelerator.is_main_process)
+
+    def _deal_out(self, engine: Engine) -> list["_Share"]:
+        """Decides who writes what: the main rank all, or each rank its part where that is much."""
+        stem, weights = engine.collect_weights()
+        groups = {stem: weights, MOMENTS: engine.collect_moments()}
+        size = sum(piece.kind.nbytes for group in groups.values() for piece in group.values())
+        is_large = size > self._settings.share_above_gb * 1e9
+        writers = self._accelerator.num_processes if is_large else 1
+        rank = self._accelerator.process_index
+        return [_share_of(rank, writers, name, pieces) for name, pieces in groups.items()]
+
+    def _fits_in_memory(self, shares: list["_Share"]) -> bool:
+        """Whether every rank has the memory for a copy of what it writes."""
+        size = sum(kind.nbytes for share in shares for kind in share.mine.values())
+        # Copies of an earlier save are written over; the ranks of one machine share its memory.
+        more = torch.tensor([max(0, size - self._copies.nbytes)], device=self._accelerator.device)
+        first = self._accelerator.process_index - self._accelerator.local_process_index
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        needed = int(self._accelerator.gather(more)[first : first + local].sum())
+        free = count_free_memory()
+        if self._all(needed < 0.8 * free):
             return True
         self._say(
-            f"async_checkpoint: a copy of {show_bytes(size)} does not fit in the "
+            f"async_checkpoint: a copy of {show_bytes(needed)} does not fit in the "
             f"{show_bytes(free)} of free memory; the loop waits for this save"
         )
         return False
+
+    def _all(self, answer: bool) -> bool:
+        """Whether all ranks say yes."""
+        told = torch.tensor(int(answer), device=self._accelerator.device)
+        return bool(self._accelerator.reduce(told, "sum") == self._accelerator.num_processes)
+
+    def _write(
+        self, unfinished: Path, tensors: list["_Tensors"], texts: Mapping[str, bytes]
+    ) -> _Written:
+        """Writes this rank's files; where that fails, still takes part in gathering the others'."""
+        files: dict[str, File] = {}
+        try:
+            for share, gathered in tensors:
+                content = encode_tensors(share.mine, gathered)
+                if share.mine:
+                    files[share.file] = self._store.write_file(unfinished, share.file, content)
+            for name, text in texts.items():
+                files[name] = self._store.write_file(unfinished, name, iter([memoryview(text)]))
+            return _Written(files, "", crashed=False)
+        except OSError as error:
+            return _Written({}, str(error), crashed=False)
+        finally:
+            for _, gathered in tensors:
+                for _ in gathered:
+                    pass
 
     def _dump_progress(self, progress: Progress) -> bytes:
         content = {
@@ -238,17 +358,10 @@ class CheckpointManager:
         }
         return (json.dumps(content, indent=2) + "\n").encode()
 
-    def _commit(
-        self,
-        step: int,
-        tensors: Mapping[str, Mapping[str, torch.Tensor]],
-        files: Mapping[str, bytes],
-        loss: float,
-        held_out_loss: float | None,
-    ) -> _Committed:
-        contents = [(name, encode_tensors(part)) for name, part in tensors.items()]
-        texts = [(name, iter([memoryview(text)])) for name, text in files.items()]
-        kept = self._store.write(step, [*contents, *texts], {"loss": loss}, held_out_loss)
+    def _commit(self, save: "_Save", files: Mapping[str, File]) -> _Committed:
+        kept = self._store.commit(
+            save.unfinished, save.step, files, {"loss": save.loss}, save.held_out_loss
+        )
         messages: list[str] = []
         settings = self._settings
         try:
@@ -259,11 +372,11 @@ class CheckpointManager:
             messages.append(f"{self._store.folder}: an old checkpoint could not go: {error}")
         return _Committed(kept, messages)
 
-    def _agree(self, wait: bool) -> int:
+    def _agree(self, committing: "Future[_Committed]", wait: bool) -> int:
         """Gives every rank what the main one knows."""
         outcome = _RUNNING
-        if self._pending and (wait or self._pending.done()):
-            error = self._pending.exception()
+        if self._is_main and (wait or committing.done()):
+            error = committing.exception()
             outcome = _COMMITTED
             if isinstance(error, OSError):
                 outcome = _REFUSED
@@ -317,65 +430,84 @@ def read_checkpoint(path: Path) -> Checkpoint:
         ) from error
 
 
-def restore_optimizer(
-    checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    """Puts the saved moments into the optimizer, each to the parameter of its name.
-
-    Args:
-        checkpoint: Where they are.
-        model: Unwrapped.
-        optimizer: Over the model's trained parameters.
+def restore(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Puts the saved state into an engine whose model was built from the same checkpoint.
 
     Raises:
         CheckpointError: The names, types or shapes are not those of this model; nothing was put.
     """
-    file = checkpoint.path / OPTIMIZER
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    kinds = read_kinds(file)
-    moments: dict[str, list[str]] = {name: [] for name in trained}
-    for key, kind in kinds.items():
-        name, _, moment = key.rpartition("/")
-        shapes = (tuple(trained[name].shape), ()) if name in trained else ()
-        if kind.shape not in shapes or kind.dtype != "F32":
-            raise CheckpointError(
-                f"{file}: {key} of {kind.dtype} {list(kind.shape)} fits no trained parameter of "
-                "this model"
-            )
-        moments[name].append(moment)
-    common = max(moments.values(), key=len, default=[])
-    short = [name for name, found in moments.items() if not found or set(found) != set(common)]
-    if short:
-        raise CheckpointError(
-            f"{file}: lacks moments of {len(short)} trained parameters, the first {short[0]}"
-        )
-    tensors = load_tensors(file, kinds)
-    for name, parameter in trained.items():
-        # A step count stays where AdamW keeps it: fused, it is beside its parameter.
-        optimizer.state[parameter] = {
-            moment: tensors[f"{name}/{moment}"].to(parameter.device) for moment in moments[name]
-        }
+    stem, _ = engine.collect_weights()
+    engine.restore(SavedTensors(checkpoint.path, stem), SavedTensors(checkpoint.path, MOMENTS))
 
 
-def name_moments(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    """Gives the optimizer's tensors, each under its parameter's name and its own."""
-    return {
-        f"{name}/{moment}": tensor
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-        for moment, tensor in optimizer.state[parameter].items()
+class _Share(NamedTuple):
+    """What a rank writes of the weights, or of the moments."""
+
+    stem: str
+    file: str
+    pieces: dict[str, Piece]
+    """All, in the order in which they are gathered."""
+    mine: dict[str, Kind]
+    index_file: bytes
+    """Which tensor is in which file, as transformers reads it; empty where there is one file."""
+
+
+class _Tensors(NamedTuple):
+    share: _Share
+    tensors: Iterable[torch.Tensor]
+
+
+@dataclass
+class _Save:
+    """A save under way."""
+
+    unfinished: Path
+    step: int
+    loss: float
+    held_out_loss: float | None
+    behind: bool
+    writing: "Future[_Written]"
+    committing: "Future[_Committed] | None" = None
+    """Set when all ranks have written; on ranks other than the main one it never ends."""
+
+
+def _share_of(rank: int, writers: int, stem: str, pieces: Mapping[str, Piece]) -> _Share:
+    kinds = align({name: piece.kind for name, piece in pieces.items()})
+    ordered = {name: pieces[name] for name in kinds}
+    if writers == 1:
+        mine = kinds if rank == 0 else {}
+        return _Share(stem, f"{stem}.safetensors", ordered, mine, b"")
+    shares = deal_out(kinds, writers)
+    files = [f"{stem}-{n + 1:05}-of-{writers:05}.safetensors" for n in range(writers)]
+    content = {
+        "metadata": {"total_size": sum(kind.nbytes for kind in kinds.values())},
+        "weight_map": {
+            name: file for file, share in zip(files, shares, strict=True) for name in share
+        },
     }
+    index = (json.dumps(content, indent=2) + "\n").encode()
+    return _Share(stem, files[rank], ordered, shares[rank], index)
 
 
-def _run(commit: Callable[[], _Committed], behind: bool) -> "Future[_Committed]":
-    """Runs a commit now, or in a thread that does not keep the process from ending."""
-    future: Future[_Committed] = Future()
+def _on_main(accelerator: Accelerator, function: Callable[[], Path]) -> tuple[Path | None, str]:
+    """Calls it on the main rank; every rank gets its result, or the disk's reason."""
+    outcome: list[Any] = [None, ""]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except OSError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    return outcome[0], outcome[1]
+
+
+def _run(function: Callable[[], T], behind: bool) -> "Future[T]":
+    """Calls it now, or in a thread that does not keep the process from ending."""
+    future: Future[T] = Future()
 
     def work() -> None:
         try:
-            future.set_result(commit())
+            future.set_result(function())
         except Exception as error:  # whoever asks for the result gets it
             future.set_exception(error)
 
@@ -386,8 +518,8 @@ def _run(commit: Callable[[], _Committed], behind: bool) -> "Future[_Committed]"
     return future
 
 
-def _failure(pending: "Future[_Committed] | None") -> BaseException:
-    error = pending.exception() if pending else None
+def _failure(committing: "Future[_Committed]") -> BaseException:
+    error = committing.exception() if committing.done() else None
     return error or CheckpointError("the main process met an error; see its message")
 
 

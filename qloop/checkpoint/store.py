@@ -123,13 +123,59 @@ class CheckpointStore:
             OSError: The disk refused. What was written is deleted again, or stays whole under its
                 name if only the last sync was refused; every older directory is as it was.
         """
-        path = self.folder / f"checkpoint-{step}"
-        unfinished = self.folder / f"{_UNFINISHED}{path.name}-{uuid.uuid4().hex[:8]}"
-        self.delete_unfinished()
+        unfinished = self.begin(step)
         try:
-            self._disk.make_folder(unfinished)
-            written = {name: self._write_file(unfinished / name, data) for name, data in files}
-            manifest = Manifest(step, held_out_loss, dict(facts), written)
+            written = {name: self.write_file(unfinished, name, data) for name, data in files}
+        except OSError:
+            self.abandon(unfinished)
+            raise
+        return self.commit(unfinished, step, written, facts, held_out_loss)
+
+    def begin(self, step: int) -> Path:
+        """Makes the folder that a save writes to; deletes what interrupted saves left.
+
+        Raises:
+            OSError: The disk refused.
+        """
+        self.delete_unfinished()
+        unfinished = self.folder / f"{_UNFINISHED}checkpoint-{step}-{uuid.uuid4().hex[:8]}"
+        self._disk.make_folder(unfinished)
+        return unfinished
+
+    def write_file(self, unfinished: Path, name: str, content: Iterable[memoryview]) -> File:
+        """Writes a file of a save and hashes the very bytes that it hands to the disk.
+
+        Raises:
+            OSError: The disk refused.
+        """
+        digest, size = hashlib.sha256(), 0
+        descriptor = self._disk.create(unfinished / name)
+        try:
+            for piece in content:
+                self._disk.append(descriptor, piece)
+                digest.update(piece)
+                size += piece.nbytes
+            self._disk.sync(descriptor)
+        finally:
+            self._disk.close(descriptor)
+        return File(size, digest.hexdigest())
+
+    def commit(
+        self,
+        unfinished: Path,
+        step: int,
+        written: Mapping[str, File],
+        facts: Mapping[str, Any],
+        held_out_loss: float | None = None,
+    ) -> Kept:
+        """Vouches for what was written, and gives it its name; see `write`.
+
+        Raises:
+            OSError: The disk refused.
+        """
+        path = self.folder / f"checkpoint-{step}"
+        manifest = Manifest(step, held_out_loss, dict(facts), dict(written))
+        try:
             self._seal(unfinished, manifest)
             self._check_lock()
             if path.name in self._disk.list(self.folder):
@@ -137,10 +183,15 @@ class CheckpointStore:
             self._disk.rename(unfinished, path)
             self._disk.sync_folder(self.folder)
         except OSError:
-            self._try_to_delete(unfinished)
+            self.abandon(unfinished)
             raise
         self._verified[path] = manifest
         return Kept(path, manifest)
+
+    def abandon(self, unfinished: Path) -> None:
+        """Deletes what a failed save has written, as far as the disk allows."""
+        with contextlib.suppress(OSError):  # nothing looks at it, and the next save tries again
+            self._delete_tree(unfinished)
 
     def list_checkpoints(self) -> list[Path]:
         """Everything that is named like a checkpoint, the oldest step first."""
@@ -233,26 +284,12 @@ class CheckpointStore:
         """Deletes what interrupted saves and deletions left, as far as the disk allows."""
         for name in self._disk.list(self.folder):
             if name.startswith((_UNFINISHED, _DELETED)):
-                self._try_to_delete(self.folder / name)
-
-    def _write_file(self, path: Path, content: Iterable[memoryview]) -> File:
-        """Writes a file and hashes the very bytes that it hands to the disk."""
-        digest, size = hashlib.sha256(), 0
-        descriptor = self._disk.create(path)
-        try:
-            for piece in content:
-                self._disk.append(descriptor, piece)
-                digest.update(piece)
-                size += piece.nbytes
-            self._disk.sync(descriptor)
-        finally:
-            self._disk.close(descriptor)
-        return File(size, digest.hexdigest())
+                self.abandon(self.folder / name)
 
     def _seal(self, unfinished: Path, manifest: Manifest) -> None:
         """Vouches for what was written: first the manifest, then COMMIT, then the names."""
-        sealed = self._write_file(unfinished / MANIFEST, [memoryview(_dump(manifest))])
-        self._write_file(unfinished / COMMIT, [memoryview(f"{sealed.sha256}\n".encode())])
+        sealed = self.write_file(unfinished, MANIFEST, [memoryview(_dump(manifest))])
+        self.write_file(unfinished, COMMIT, [memoryview(f"{sealed.sha256}\n".encode())])
         self._disk.sync_folder(unfinished)
 
     def _delete(self, path: Path) -> None:
@@ -262,10 +299,6 @@ class CheckpointStore:
         self._disk.rename(path, deleted)
         self._disk.sync_folder(self.folder)
         self._delete_tree(deleted)
-
-    def _try_to_delete(self, path: Path) -> None:
-        with contextlib.suppress(OSError):  # nothing looks at it, and the next save tries again
-            self._delete_tree(path)
 
     def _delete_tree(self, path: Path) -> None:
         for name in self._disk.list(path):

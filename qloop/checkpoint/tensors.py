@@ -6,13 +6,13 @@ and place of each tensor, then their bytes. (https://github.com/huggingface/safe
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from qloop.errors import CheckpointError
 
@@ -23,11 +23,27 @@ _TYPES = {
 }  # fmt: skip
 
 
+_BYTES = {name: dtype.itemsize for dtype, name in _TYPES.items()}
+
+
 class Kind(NamedTuple):
     """Type and shape of a tensor, as a safetensors header names them."""
 
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of such a tensor."""
+        return _BYTES[self.dtype] * math.prod(self.shape)
+
+
+class Piece(NamedTuple):
+    """A tensor that is to be saved, and that may lie in shards on many ranks."""
+
+    kind: Kind
+    gather: Callable[[], torch.Tensor]
+    """Gives it whole; where it is sharded, every rank has to call it, in the same order."""
 
 
 def kind_of(tensor: torch.Tensor) -> Kind:
@@ -41,30 +57,114 @@ def kind_of(tensor: torch.Tensor) -> Kind:
     return Kind(_TYPES[tensor.dtype], tuple(tensor.shape))
 
 
-def encode_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
-    """Yields the bytes of a safetensors file; each tensor is copied to the CPU in its turn."""
-    # The widest types first, so that every tensor is aligned to its own size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+def align(kinds: Mapping[str, Kind]) -> dict[str, Kind]:
+    """Puts the widest types first, so that every tensor of a file is aligned to its own size."""
+    return dict(sorted(kinds.items(), key=lambda item: (-_BYTES[item[1].dtype], item[0])))
+
+
+def encode_tensors(
+    kinds: Mapping[str, Kind], tensors: Iterable[torch.Tensor]
+) -> Iterator[memoryview]:
+    """Yields the bytes of a safetensors file; each tensor is copied to the CPU in its turn.
+
+    Args:
+        kinds: What the file will hold, aligned.
+        tensors: In the same order.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     end = 0
-    for name in names:
-        start, end = end, end + tensors[name].nbytes
-        dtype, shape = kind_of(tensors[name])
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    for name, kind in kinds.items():
+        start, end = end, end + kind.nbytes
+        header[name] = {"dtype": kind.dtype, "shape": kind.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
-    for name in names:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
         yield flat.view(torch.uint8).numpy().data
 
 
-def read_kinds(file: Path) -> dict[str, Kind]:
-    """Reads type and shape of each tensor, and none of their values.
+def deal_out(kinds: Mapping[str, Kind], num_writers: int) -> list[dict[str, Kind]]:
+    """Deals tensors to writers, the largest first, each to the one with the fewest bytes so far.
 
-    Raises:
-        CheckpointError: It is no safetensors file.
+    >>> deal_out({"a": Kind("F32", (4,)), "b": Kind("F32", (3,)), "c": Kind("F32", (2,))}, 2)
+    [{'a': Kind(dtype='F32', shape=(4,))}, {'b': ..., 'c': ...}]
     """
+    shares: list[dict[str, Kind]] = [{} for _ in range(num_writers)]
+    sizes = [0] * num_writers
+    for name in sorted(kinds, key=lambda name: (-kinds[name].nbytes, name)):
+        writer = sizes.index(min(sizes))
+        shares[writer][name] = kinds[name]
+        sizes[writer] += kinds[name].nbytes
+    return [align(share) for share in shares]
+
+
+def gather_mine(pieces: Mapping[str, Piece], names: Mapping[str, Kind]) -> Iterator[torch.Tensor]:
+    """Yields the tensors of some names, in their order; takes part in gathering all others too.
+
+    Args:
+        pieces: All that are gathered, in an order that is the same on every rank.
+        names: Those to yield, in the same order.
+    """
+    for name, piece in pieces.items():
+        tensor = piece.gather()
+        if name in names:
+            yield tensor
+
+
+class SavedTensors:
+    """The tensors of `stem.safetensors`, or of `stem-00001-of-00004.safetensors` and so on."""
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        """Reads names, types and shapes, and no values.
+
+        Raises:
+            CheckpointError: There is no such file, or it is no safetensors file.
+        """
+        whole = folder / f"{stem}.safetensors"
+        files = [whole] if whole.exists() else sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
+        self.place = folder / f"{stem}*.safetensors" if len(files) > 1 else whole
+        self.kinds: dict[str, Kind] = {}
+        self._files: dict[str, Path] = {}
+        for file in files or [whole]:
+            kinds = _read_kinds(file)
+            self.kinds.update(kinds)
+            self._files.update(dict.fromkeys(kinds, file))
+
+    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+        """Reads a tensor to the CPU, or some of its rows."""
+        with safe_open(self._files[name], "pt") as opened:
+            if rows == slice(None):
+                return opened.get_tensor(name)  # type: ignore[no-any-return]
+            return opened.get_slice(name)[rows]  # type: ignore[no-any-return]
+
+    def refuse_misfits(self, expected: Mapping[str, Kind]) -> None:
+        """Compares names, types and shapes with those of the live model.
+
+        Raises:
+            CheckpointError: They differ, with the first of each sort of difference.
+        """
+        found = self.kinds
+        problems = []
+        missing = sorted(expected.keys() - found.keys())
+        unknown = sorted(found.keys() - expected.keys())
+        both = expected.keys() & found.keys()
+        other = sorted(name for name in both if expected[name] != found[name])
+        if missing:
+            problems.append(f"lacks {len(missing)} tensors, the first {missing[0]}")
+        if unknown:
+            problems.append(f"holds {len(unknown)} that the model has not, the first {unknown[0]}")
+        if other:
+            name = other[0]
+            problems.append(
+                f"holds {len(other)} of another kind, the first {name}: {_show(found[name])} "
+                f"instead of {_show(expected[name])}"
+            )
+        if problems:
+            raise CheckpointError(f"{self.place}: {'; '.join(problems)}")
+
+
+def _read_kinds(file: Path) -> dict[str, Kind]:
     try:
         with safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
@@ -74,41 +174,6 @@ def read_kinds(file: Path) -> dict[str, Kind]:
             }
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: not readable: {error}") from error
-
-
-def load_tensors(file: Path, expected: Mapping[str, Kind]) -> dict[str, torch.Tensor]:
-    """Loads a file to the CPU, if it holds just what is expected.
-
-    Raises:
-        CheckpointError: A name, type or shape differs; nothing was loaded.
-    """
-    refuse_misfits(file, expected)
-    return load_file(file)
-
-
-def refuse_misfits(file: Path, expected: Mapping[str, Kind]) -> None:
-    """Compares names, types and shapes in a file with those of the live model.
-
-    Raises:
-        CheckpointError: They differ, with the first of each sort of difference.
-    """
-    found = read_kinds(file)
-    problems = []
-    missing = sorted(expected.keys() - found.keys())
-    unknown = sorted(found.keys() - expected.keys())
-    other = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
-    if missing:
-        problems.append(f"lacks {len(missing)} tensors, the first {missing[0]}")
-    if unknown:
-        problems.append(f"holds {len(unknown)} that the model has not, the first {unknown[0]}")
-    if other:
-        name = other[0]
-        problems.append(
-            f"holds {len(other)} of another kind, the first {name}: {_show(found[name])} instead "
-            f"of {_show(expected[name])}"
-        )
-    if problems:
-        raise CheckpointError(f"{file}: {'; '.join(problems)}")
 
 
 def _show(kind: Kind) -> str:
@@ -126,16 +191,18 @@ class HostCopies:
         """Memory taken so far."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def take(self, group: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies tensors; the copies are whole on return, and are overwritten by the next call."""
-        copies = {}
-        for name, tensor in tensors.items():
-            buffer = self._buffers.get((group, name))
+    def take(
+        self, file: str, kinds: Mapping[str, Kind], tensors: Iterable[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Copies a file's tensors; whole on return, and overwritten by the next call."""
+        copies = []
+        for name, tensor in zip(kinds, tensors, strict=True):
+            buffer = self._buffers.get((file, name))
             if buffer is None or kind_of(buffer) != kind_of(tensor):
                 # Pinned memory lets the GPU write all copies at its own pace.
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._buffers[group, name] = buffer
-            copies[name] = buffer.copy_(tensor.detach(), non_blocking=True)
-        if any(tensor.is_cuda for tensor in tensors.values()):
+                self._buffers[file, name] = buffer
+            copies.append(buffer.copy_(tensor.detach(), non_blocking=True))
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copies

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qloop.checkpoint.tensors import kind_of, load_tensors, refuse_misfits
+from qloop.checkpoint.tensors import SavedTensors, kind_of
 from qloop.config import LoraConfig, ModelConfig
 from qloop.data.tokens import Encoder
 from qloop.errors import CheckpointError, ConfigError, join_names
@@ -288,8 +288,9 @@ def _refuse_other_weights(config: ModelConfig, checkpoint: Path) -> None:
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{checkpoint}: its model cannot be built: {error}") from error
     model.tie_weights()  # what is tied is saved once
-    file, weights = collect_weights(model)
-    refuse_misfits(checkpoint / file, {name: kind_of(weights[name]) for name in weights})
+    stem, weights = collect_weights(model)
+    saved = SavedTensors(checkpoint, stem)
+    saved.refuse_misfits({name: kind_of(weight) for name, weight in weights.items()})
 
 
 def _load_base(
@@ -326,6 +327,7 @@ def _load_base(
             f"model_name: {name} is an adapter, not a whole model; give its base, or merge the "
             "two first"
         )
+    _give_places(model)
     misshapen = [name for name, module in model.named_modules() if _is_misshapen(module)]
     wrong = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"], *misshapen)))
     if wrong:
@@ -334,6 +336,23 @@ def _load_base(
             raise CheckpointError(f"{checkpoint}: {text}")
         raise ConfigError(f"model_name: {name}: {text}; is it a causal language model?")
     return model
+
+
+def _give_places(model: PreTrainedModel) -> None:
+    """Gives memory, untouched, to weights that only the first rank of a machine has read.
+
+    Under FSDP2 transformers leaves them without any on the others, which get theirs shard by shard.
+    Accelerate finds an optimizer's parameters again by their address, and without memory all have
+    the same: every weight but one would silently go untrained.
+    """
+    given: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                place = given.setdefault(
+                    id(parameter), torch.nn.Parameter(torch.empty_like(parameter, device="cpu"))
+                )
+                setattr(module, name, place)
 
 
 def _keep_trainable_on_cpu(model: PreTrainedModel) -> None:
@@ -382,9 +401,10 @@ def _load_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
     """
     import peft
 
-    file, weights = collect_weights(model)
-    expected = {name: kind_of(weights[name]) for name in weights}
-    result = peft.set_peft_model_state_dict(model, load_tensors(checkpoint / file, expected))
+    stem, weights = collect_weights(model)
+    saved = SavedTensors(checkpoint, stem)
+    saved.refuse_misfits({name: kind_of(weight) for name, weight in weights.items()})
+    result = peft.set_peft_model_state_dict(model, {name: saved.read(name) for name in weights})
     assert not result.unexpected_keys
 
 

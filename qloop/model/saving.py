@@ -16,13 +16,13 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 def collect_weights(
     model: Any, state: dict[str, torch.Tensor] | None = None
 ) -> tuple[str, dict[str, torch.Tensor]]:
-    """Gives the file name and the tensors of what is trained, under the names that loading expects.
+    """Gives the files' stem and the tensors of what is trained, under the names loading expects.
 
     They are the model's own tensors, not copies, except where a library has to join or split some.
 
     Args:
         model: Unwrapped, with or without adapters.
-        state: Its state where that is not at hand locally: gathered from shards.
+        state: Its state where its own is not whole: stand-ins for shards.
     """
     state = model.state_dict() if state is None else state
     if hasattr(model, "peft_config"):
@@ -32,10 +32,10 @@ def collect_weights(
         tensors = peft.get_peft_model_state_dict(
             model, state_dict=state, save_embedding_layers=False
         )
-        return "adapter_model.safetensors", tensors
+        return "adapter_model", tensors
     # As save_pretrained does it: one name for tied weights, and the names of the published models.
     state = remove_tied_weights_from_state_dict(state, model)
-    return "model.safetensors", revert_weight_conversion(model, state)
+    return "model", revert_weight_conversion(model, state)
 
 
 def collect_files(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:

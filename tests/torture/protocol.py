@@ -257,7 +257,7 @@ class ManifestFirst(CheckpointStore):
         self._disk.make_folder(path)
         self._seal(path, manifest)
         for name, content in contents:
-            self._write_file(path / name, [memoryview(content)])
+            self.write_file(path, name, [memoryview(content)])
         self._disk.sync_folder(self.folder)
         return Kept(path, manifest)
 

@@ -1,0 +1,146 @@
+"""Builds the accelerator that the launcher asks for, and the engine of model and optimizer."""
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers.integrations import unset_hf_deepspeed_config
+
+from qloop.config import Config
+from qloop.engines.engine import Engine
+from qloop.errors import ConfigError
+from qloop.model.build import choose_precision
+from qloop.optimizer import build_optimizer
+from qloop.seeds import use_deterministic_kernels
+
+
+def build_accelerator(config: Config) -> Accelerator:
+    """Builds the accelerator for the machine it finds; one without a GPU may still have ranks.
+
+    Raises:
+        ConfigError: The launcher asks for an engine that qloop does not run on.
+    """
+    if config.run.deterministic:
+        use_deterministic_kernels()
+    cpu = not torch.accelerator.is_available()
+    device = torch.device("cpu" if cpu else torch.accelerator.current_accelerator() or "cpu")
+    precision = choose_precision(config.model.precision, device)
+    accelerator = Accelerator(
+        # Accelerate leaves FSDP and DeepSpeed out, without a word, where it is told of a CPU.
+        cpu=cpu and not _asks_for("FSDP") and not _asks_for("DEEPSPEED"),
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        # As a plugin: a plain number would yield to an environment variable of the launcher.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.batch.gradient_accumulation_steps,
+            sync_with_dataloader=False,
+            # Sharded at every micro-batch: between two, each rank would hold the whole gradient.
+            sync_each_batch=_asks_for("FSDP"),
+        ),
+    )
+    kind = accelerator.distributed_type
+    for engine in ("FSDP", "DEEPSPEED"):
+        if _asks_for(engine) and kind != engine:
+            raise ConfigError(
+                f"accelerate launch: {engine} was asked for, but needs GPUs, and none is here; "
+                "launch with launch/cpu_two_processes.yaml"
+            )
+    if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):
+        raise ConfigError(f"accelerate launch: {kind.value} is not supported; see launch/*.yaml")
+    if kind == DistributedType.FSDP:
+        _set_up_fsdp(accelerator, config)
+    if kind == DistributedType.DEEPSPEED:
+        _set_up_deepspeed(accelerator, config)
+    return accelerator
+
+
+def build_engine(
+    accelerator: Accelerator, model: torch.nn.Module, config: Config, accumulation: int
+) -> Engine:
+    """Shards or wraps the model as the launcher asks for, with its optimizer.
+
+    Args:
+        accelerator: From `build_accelerator`.
+        model: On the CPU, or on the device.
+        config: The whole config.
+        accumulation: Micro-batches in a step of a rank; the config's where no checkpoint says
+            otherwise.
+    """
+    accelerator.gradient_accumulation_steps = accumulation
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        from qloop.engines.zero import ZeroEngine
+
+        plugin = accelerator.state.deepspeed_plugin.deepspeed_config
+        plugin["gradient_accumulation_steps"] = accumulation
+        return ZeroEngine(accelerator, *_prepare(accelerator, model, config))
+    if kind != DistributedType.FSDP:  # which takes a model to the device shard by shard
+        model = model.to(accelerator.device)
+    return Engine(accelerator, *_prepare(accelerator, model, config))
+
+
+def describe_engine(accelerator: Accelerator) -> str:
+    """Names the engine as people do: `DDP`; nothing for a single process."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP:
+        return "FSDP2"
+    if kind == DistributedType.DEEPSPEED:
+        return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "DDP" if accelerator.num_processes > 1 else ""
+
+
+def _prepare(accelerator: Accelerator, model: torch.nn.Module, config: Config) -> Any:
+    return accelerator.prepare(model, build_optimizer(model, config.optimizer))
+
+
+def _asks_for(engine: str) -> bool:
+    """Whether `accelerate launch` was told to use it."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+
+
+def _set_up_fsdp(accelerator: Accelerator, config: Config) -> None:
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ConfigError(
+            "accelerate launch: fsdp_version is 1; qloop shards by FSDP2 only: set fsdp_version: 2 "
+            "in the accelerate config, as launch/fsdp2.yaml does"
+        )
+    if accelerator.mixed_precision == "bf16":
+        # Accelerate would sum gradients in bf16 too.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+        )
+    if plugin.activation_checkpointing and config.model.gradient_checkpointing:
+        raise ConfigError(
+            "accelerate launch: fsdp_activation_checkpointing recomputes what "
+            "gradient_checkpointing recomputes already; turn one of them off"
+        )
+
+
+def _set_up_deepspeed(accelerator: Accelerator, config: Config) -> None:
+    if config.model.training_method == "qlora":
+        raise ConfigError(
+            "training_method: qlora does not run under DeepSpeed, which cannot shard 4-bit "
+            "weights; launch with launch/multi_gpu.yaml, or use lora"
+        )
+    plugin = accelerator.state.deepspeed_plugin.deepspeed_config
+    for key in ("optimizer", "scheduler"):
+        if key in plugin:
+            raise ConfigError(
+                f"accelerate launch: the DeepSpeed config has its own {key}; qloop brings one, "
+                "with the keys of its config: take it out"
+            )
+    if plugin.get("fp16", {}).get("enabled") is True:
+        raise ConfigError(
+            "accelerate launch: the DeepSpeed config turns fp16 on; qloop computes in bf16 or fp32 "
+            "(precision): take it out"
+        )
+    if plugin["zero_optimization"]["stage"] == 0:
+        raise ConfigError("accelerate launch: zero_stage is 0; use launch/multi_gpu.yaml instead")
+    # Told of ZeRO-3, transformers would cut a model while it is built, and draw other new weights.
+    unset_hf_deepspeed_config()
+    plugin["train_micro_batch_size_per_gpu"] = config.batch.batch_size
+    plugin["train_batch_size"] = "auto"
+    plugin["gradient_clipping"] = config.optimizer.max_grad_norm
