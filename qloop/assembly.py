@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from transformers import PreTrainedTokenizerBase
 
 from qloop.checkpoint.filesystem import FileSystem
@@ -145,6 +146,7 @@ def _assemble(
         accelerator.device,
         config.run.seed,
         checkpoint.path if checkpoint else None,
+        is_sharded=accelerator.distributed_type == DistributedType.FSDP,
     )
     model_line = describe_model(config.model, model, precision, accelerator)
     fingerprints = {

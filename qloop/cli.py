@@ -133,34 +133,34 @@ def verify(run: Path) -> None:
 
 def main() -> None:
     """Runs a command; a user's mistake ends in one message and its exit code, no traceback."""
+    code = _run()
+    torch = sys.modules.get("torch")
+    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Everything is written and closed. At the end of the interpreter, threads of
+        # torch.distributed that wait for it are ended within C++ code that cannot be left, which
+        # aborts the process now and then; so one of several processes does without that end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def _run() -> int:
     try:
         cli.main(standalone_mode=False)
     except QloopError as error:
         print(error, file=sys.stderr)
-        _leave(error.exit_code)
+        return error.exit_code
     except click.ClickException as error:
         error.show()
-        _leave(78)
+        return 78
     except (KeyboardInterrupt, click.Abort):
         print(
             "interrupted; the newest checkpoint is whole, the same command goes on", file=sys.stderr
         )
-        _leave(130)
-    _leave(0)
-
-
-def _leave(code: int) -> None:
-    """Ends the process; everything is written and closed.
-
-    One of several processes skips the end of the interpreter: there, threads of torch.distributed
-    that wait for it are ended within C++ code that cannot be left, and abort the process.
-    """
-    torch = sys.modules.get("torch")
-    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+        return 130
+    return 0
 
 
 def _stop_with_launcher() -> None:

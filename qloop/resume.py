@@ -123,15 +123,16 @@ def divide_step(config: Config, num_processes: int, checkpoint: Checkpoint | Non
         counts = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
         can = "lower batch_size" if odd else f"start {join_names(list(map(str, counts)))} processes"
         raise ConfigError(
-            f"{checkpoint.path}: each of its steps reads {blocks} blocks, which {num_processes} "
-            f"processes with batch_size {batch.batch_size} cannot divide; {can}, or let the step "
+            f"{checkpoint.path}: each of its steps reads {blocks} blocks, which do not divide by "
+            f"batch_size {batch.batch_size} x {num_processes} processes; {can}, or let the step "
             "become another: --allow_change step_blocks"
         )
     notes: tuple[str, ...] = ()
     if accumulation != batch.gradient_accumulation_steps:
         notes = (
-            f"accumulate {accumulation} micro-batches a step on each of {num_processes} processes, "
-            f"not {batch.gradient_accumulation_steps}: a step of this run reads {blocks} blocks",
+            f"step       reads {blocks} blocks, as this run has it from the start: "
+            f"gradient_accumulation_steps is {accumulation} on every process, not "
+            f"{batch.gradient_accumulation_steps}",
         )
     return Step(blocks, accumulation, notes)
 

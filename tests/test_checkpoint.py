@@ -17,10 +17,10 @@ from qloop.checkpoint.manager import (
     CheckpointManager,
     count_free_memory,
     read_checkpoint,
-    restore_optimizer,
+    restore,
 )
 from qloop.checkpoint.store import CheckpointStore, DamagedError
-from qloop.checkpoint.tensors import encode_tensors, kind_of, load_tensors, read_kinds
+from qloop.checkpoint.tensors import Kind, SavedTensors, align, encode_tensors, kind_of
 from qloop.errors import CheckpointError, LockedError
 from qloop.train import train
 
@@ -41,7 +41,7 @@ def parts(make_config):
     parts = assemble(make_config(async_checkpoint="false"), [])
     for parameter in parts.model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    parts.optimizer.step()
+    parts.engine.optimizer.step()
     yield parts
     parts.close()
 
@@ -65,9 +65,18 @@ def save(
 ) -> Path:
     parts.progress.step = step
     (manager or parts.checkpoints).save(
-        parts.model, parts.optimizer, parts.progress, 2.5, held_out_loss, must_succeed
+        parts.engine, parts.progress, 2.5, held_out_loss, must_succeed
     )
     return parts.run.checkpoint_path(step)
+
+
+def kinds_of(tensors: dict[str, torch.Tensor]) -> dict[str, Kind]:
+    return align({name: kind_of(tensor) for name, tensor in tensors.items()})
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    kinds = kinds_of(tensors)
+    file.write_bytes(b"".join(encode_tensors(kinds, [tensors[name] for name in kinds])))
 
 
 def names_in(folder: Path) -> set[str]:
@@ -187,23 +196,23 @@ TYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool, to
 def test_tensors_are_written_as_the_library_reads_them(tmp_path_factory, kinds):
     tensors = {name: torch.randn(shape).to(dtype) for name, (dtype, shape) in kinds.items()}
     file = tmp_path_factory.mktemp("tensors") / "t.safetensors"
-    file.write_bytes(b"".join(encode_tensors(tensors)))
+    write_tensors(file, tensors)
     loaded = load_file(file)
     assert loaded.keys() == tensors.keys()
     assert all(loaded[name].equal(tensors[name]) for name in tensors)
-    assert read_kinds(file) == {name: kind_of(tensor) for name, tensor in tensors.items()}
+    assert SavedTensors(file.parent, "t").kinds == kinds_of(tensors)
 
 
 def test_a_tensor_that_is_no_contiguous_memory_is_written_by_its_values(tmp_path):
     tensor = torch.arange(12.0).reshape(3, 4).T
     file = tmp_path / "t.safetensors"
-    file.write_bytes(b"".join(encode_tensors({"t": tensor})))
+    write_tensors(file, {"t": tensor})
     assert load_file(file)["t"].equal(tensor)
 
 
 def test_a_type_that_has_no_name_in_the_format_is_refused():
     with pytest.raises(CheckpointError, match="complex64 cannot be saved"):
-        list(encode_tensors({"t": torch.zeros(2, dtype=torch.complex64)}))
+        kind_of(torch.zeros(2, dtype=torch.complex64))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +227,7 @@ def test_tensors_of_another_name_type_or_shape_are_not_loaded(tmp_path, name, te
     file = tmp_path / "t.safetensors"
     save_file({name: tensor}, file)
     with pytest.raises(CheckpointError, match=message):
-        load_tensors(file, {"a": kind_of(torch.zeros(2))})
+        SavedTensors(tmp_path, "t").refuse_misfits({"a": kind_of(torch.zeros(2))})
 
 
 # Saving and rotating
@@ -295,14 +304,14 @@ def test_a_save_behind_the_loop_holds_the_step_it_was_taken_at(parts):
     manager, said = put_on(FileSystem(), parts, async_checkpoint=True)
     here = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
     moments = {
-        name: parts.optimizer.state[parameter]["exp_avg"].clone()
+        name: parts.engine.optimizer.state[parameter]["exp_avg"].clone()
         for name, parameter in parts.model.named_parameters()
     }
     save(parts, 1, manager)
     with torch.no_grad():
         for parameter in parts.model.parameters():
             parameter.add_(1.0)
-            parts.optimizer.state[parameter]["exp_avg"].add_(1.0)
+            parts.engine.optimizer.state[parameter]["exp_avg"].add_(1.0)
     manager.settle(wait=True)
     saved = load_file(parts.run.checkpoint_path(1) / "model.safetensors")
     assert all(torch.equal(saved[name], here[name]) for name in saved)
@@ -407,12 +416,12 @@ def test_a_folder_that_another_process_has_taken_gets_no_checkpoint(parts):
 
 
 def test_a_disk_too_small_for_what_is_to_come_is_told_before(parts, monkeypatch):
-    assert parts.checkpoints.warn_of_space(parts.model, 0, 6) == []
+    assert parts.checkpoints.warn_of_space(parts.engine, 0, 6) == []
     disk = FileSystem()
     monkeypatch.setattr(disk, "count_free_bytes", lambda path: 200_000)
     manager, _ = put_on(disk, parts, save_steps=1)
     size = verify(save(parts)).total_bytes
-    [warning] = manager.warn_of_space(parts.model, 0, 6)
+    [warning] = manager.warn_of_space(parts.engine, 0, 6)
     assert "200 kB are free" in warning
     each = float(warning.split("(")[1].split(" ")[0]) * 1e6
     assert each == pytest.approx(size, rel=0.03)
@@ -439,10 +448,10 @@ def test_moments_that_do_not_fit_are_refused_by_name(parts, harm):
     save_file(tensors, folder / "optimizer.safetensors")
     if harm == "garbage":
         (folder / "optimizer.safetensors").write_bytes(b"no tensors")
-    before = {p: dict(state) for p, state in parts.optimizer.state.items()}
+    before = {p: dict(state) for p, state in parts.engine.optimizer.state.items()}
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors"):
-        restore_optimizer(read_checkpoint(folder), parts.model, parts.optimizer)
-    assert {p: dict(state) for p, state in parts.optimizer.state.items()} == before
+        restore(parts.engine, read_checkpoint(folder))
+    assert {p: dict(state) for p, state in parts.engine.optimizer.state.items()} == before
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):

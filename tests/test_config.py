@@ -742,6 +742,7 @@ def test_keys_that_may_change_make_no_other_run():
         "keep_best": "false",
         "async_checkpoint": "false",
         "max_failed_saves": "7",
+        "share_above_gb": "7",
         "allow_change": "corpus",
         "log_steps": "7",
         "wandb": "true",

@@ -32,7 +32,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.errors",
         "qloop.evaluate",
         "qloop.model.loss",
-        "qloop.optimizer",
         "qloop.report.metrics",
         "qloop.schedule",
         "qloop.seeds",
@@ -46,19 +45,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.data.packing",
         "qloop.data.sources",
         "qloop.data.tokens",
+        "qloop.engines.build",
+        "qloop.engines.engine",
         "qloop.errors",
         "qloop.lock",
         "qloop.model.attention",
         "qloop.model.build",
         "qloop.model.saving",
-        "qloop.optimizer",
         "qloop.progress",
         "qloop.ranks",
         "qloop.report.ledger",
         "qloop.report.reporter",
         "qloop.resume",
         "qloop.run_directory",
-        "qloop.seeds",
     },
     # What a run goes on from: the one part that compares whole configs.
     "qloop.resume": {
@@ -101,9 +100,32 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.checkpoint.store",
         "qloop.checkpoint.tensors",
         "qloop.config",
+        "qloop.engines.engine",
+        "qloop.errors",
+        "qloop.progress",
+    },
+    # The engines: the loop and the checkpoints see the first of them only.
+    "qloop.engines.build": {
+        "qloop.config",
+        "qloop.engines.engine",
+        "qloop.engines.zero",
+        "qloop.errors",
+        "qloop.model.build",
+        "qloop.optimizer",
+        "qloop.seeds",
+    },
+    "qloop.engines.zero": {
+        "qloop.checkpoint.tensors",
+        "qloop.engines.engine",
         "qloop.errors",
         "qloop.model.saving",
-        "qloop.progress",
+        "qloop.optimizer",
+    },
+    "qloop.engines.engine": {
+        "qloop.checkpoint.tensors",
+        "qloop.errors",
+        "qloop.model.saving",
+        "qloop.optimizer",
     },
     "qloop.model.build": {
         "qloop.checkpoint.tensors",
@@ -146,6 +168,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "qloop.errors": set(),
     "qloop.checkpoint": set(),
     "qloop.data": set(),
+    "qloop.engines": set(),
     "qloop.demo": set(),
     "qloop.model": set(),
     "qloop.report": set(),
@@ -167,6 +190,7 @@ class Library(NamedTuple):
 
 
 LIBRARIES = {
+    "deepspeed": Library(("qloop.engines.zero",), inside_functions=True),
     "peft": Library(("qloop.model",), inside_functions=True),
     "bitsandbytes": Library(("qloop.model",), inside_functions=True),
     "wandb": Library(("qloop.report.trackers",), inside_functions=True),
@@ -174,7 +198,7 @@ LIBRARIES = {
     "accelerate": Library(
         (
             *("qloop.train", "qloop.assembly", "qloop.evaluate", "qloop.stops"),
-            *("qloop.ranks", "qloop.checkpoint"),
+            *("qloop.ranks", "qloop.checkpoint", "qloop.engines"),
         ),
         inside_functions=False,
     ),

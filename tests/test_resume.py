@@ -117,7 +117,7 @@ def test_another_step_size_goes_on_with_the_next_block(make_config):
     larger = {**keys, "batch_size": 3, "max_steps": 5}
     with pytest.raises(ConfigError, match="batch_size: 2 -> 3"):
         train(make_config(**larger), [])
-    with pytest.raises(ConfigError, match="step_blocks: 4 -> 6"):
+    with pytest.raises(ConfigError, match="do not divide by batch_size 3 x 1 "):
         train(make_config(**larger, allow_change="batch_size"), [])
     config = make_config(**larger, allow_change="batch_size,step_blocks")
     train(config, [])

@@ -207,7 +207,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_moments_as_they_were(make_
             return gradient
         for name, parameter in parts.model.named_parameters():
             before.setdefault(name, parameter.detach().clone())
-            for moment, tensor in parts.optimizer.state[parameter].items():
+            for moment, tensor in parts.engine.optimizer.state[parameter].items():
                 before.setdefault(f"{name}/{moment}", tensor.clone())
         return torch.full_like(gradient, float("nan"))
 
@@ -218,7 +218,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_moments_as_they_were(make_
     assert parts.progress.step == 2
     for name, parameter in parts.model.named_parameters():
         assert torch.equal(parameter, before[name])
-        for moment, tensor in parts.optimizer.state[parameter].items():
+        for moment, tensor in parts.engine.optimizer.state[parameter].items():
             assert torch.equal(tensor, before[f"{name}/{moment}"])
 
 

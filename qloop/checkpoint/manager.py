@@ -179,10 +179,10 @@ class CheckpointManager:
             return self._write(unfinished, tensors, texts if self._is_main else {})
 
         self._save = _Save(
-            unfinished, progress.step, loss, held_out_loss, behind, _run(write, behind)
+            unfinished, progress.step, loss, held_out_loss, started, behind, _run(write, behind)
         )
         self.stood_still_seconds = time.perf_counter() - started
-        if must_succeed or not self._is_async:
+        if not behind:
             self.settle(wait=True, must_succeed=must_succeed)
 
     def settle(self, wait: bool = False, must_succeed: bool = False) -> None:
@@ -215,6 +215,8 @@ class CheckpointManager:
             self._fail(str(_failure(save.committing)), must_succeed)
             return
         self._failed_saves = 0
+        if not save.behind:
+            self.stood_still_seconds = time.perf_counter() - save.started
         if self._is_main:
             self._report(save.committing.result())
 
@@ -465,6 +467,7 @@ class _Save:
     step: int
     loss: float
     held_out_loss: float | None
+    started: float
     behind: bool
     writing: "Future[_Written]"
     committing: "Future[_Committed] | None" = None

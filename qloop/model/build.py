@@ -139,6 +139,7 @@ def build_model(
     device: torch.device,
     seed: int,
     checkpoint: Path | None = None,
+    is_sharded: bool = False,
 ) -> PreTrainedModel:
     """Builds the model for its method, on the CPU; only a 4-bit base is made on the device.
 
@@ -150,6 +151,8 @@ def build_model(
         seed: Decides new weights: a model from random weights, new adapters.
         checkpoint: A checkpoint's folder to take the trained weights from, instead of starting
             anew.
+        is_sharded: It will be cut over the ranks, which 4-bit weights allow only if they are
+            kept as floating-point numbers, several in one.
 
     Raises:
         ConfigError: The base cannot be found, is no causal language model, or lacks weights; a
@@ -161,7 +164,7 @@ def build_model(
     if config.training_method == "full":
         model = _build_full(config, checkpoint)
     else:
-        base = _load_base(config, compute_type, device)
+        base = _load_base(config, compute_type, device, is_sharded=is_sharded)
         base.requires_grad_(False)
         _keep_trainable_on_cpu(base)
         model = _add_adapters(base, config, lora)
@@ -231,7 +234,7 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     total = trained = 0
     for parameter in model.parameters():
         packed = type(parameter).__name__ == "Params4bit"
-        total += parameter.numel() * (2 if packed else 1)
+        total += parameter.nbytes * 2 if packed else parameter.numel()
         trained += parameter.numel() if parameter.requires_grad else 0
     return total, trained
 
@@ -246,11 +249,14 @@ def fingerprint_weights(model: torch.nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             continue
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)
+        scales = getattr(parameter, "quant_state", None)  # of a 4-bit weight
+        if scales is not None:  # kept in numbers of one type or another, with the same bytes
+            flat = flat.view(torch.uint8)
+        shape = tuple(parameter.shape) if scales is None else tuple(scales.shape)
+        digest.update(f"{name} {flat.dtype} {shape}".encode())
         values = flat[:: max(1, flat.numel() // 256)].double().tolist()
         digest.update(struct.pack(f"{len(values)}d", *values))
-        scales = getattr(parameter, "quant_state", None)  # of a 4-bit weight
         if scales is not None:
             digest.update(scales.absmax.double().cpu().numpy().tobytes())
             nested = scales.state2.absmax.double().cpu().numpy().tobytes() if scales.nested else b""
@@ -294,7 +300,11 @@ def _refuse_other_weights(config: ModelConfig, checkpoint: Path) -> None:
 
 
 def _load_base(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, checkpoint: Path | None = None
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    is_sharded: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal LM, from safetensors only, and makes sure that no weight was made up."""
     name = str(checkpoint or config.model_name)
@@ -305,6 +315,7 @@ def _load_base(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if is_sharded else torch.uint8,
         )
         options["device_map"] = {"": device}
     try:

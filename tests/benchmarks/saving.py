@@ -118,11 +118,11 @@ def measure(folder: Path, steps: int, is_async: bool, save: Callable | None = No
     }
 
 
-def save_by_accelerate(self: CheckpointManager, model, optimizer, progress, *_) -> None:
+def save_by_accelerate(self: CheckpointManager, engine, progress, *_) -> None:
     """Writes the same tensors the way that accelerate does."""
     accelerator = self._accelerator
     if not accelerator._models:
-        accelerator.prepare(model, optimizer)
+        accelerator.prepare(engine.model, engine.optimizer)
     accelerator.save_state(str(self._store.folder / f"state-{progress.step}"))
 
 
