@@ -1,8 +1,7 @@
 """Puts the parts of a run together, in the order in which they can fail cheapest."""
 
-import contextlib
+import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +37,9 @@ from qloop.model.build import (
     load_tokenizer,
 )
 from qloop.model.saving import collect_files
+from qloop.peers import PeerWatch
 from qloop.progress import Progress
-from qloop.ranks import on_main
+from qloop.ranks import on_all, on_main
 from qloop.report.ledger import describe_corpus, describe_ledger
 from qloop.report.reporter import Reporter
 from qloop.resume import Step, choose_checkpoint, divide_step, refuse_other_origins
@@ -64,6 +64,7 @@ class Assembly:
     run: RunDirectory
     lock: RunLock
     accelerator: Accelerator
+    peers: PeerWatch
     tokenizer: PreTrainedTokenizerBase
     store: TokenStore
     index: BlockIndex
@@ -79,6 +80,7 @@ class Assembly:
 
     def close(self) -> None:
         """Ends the reports, and lets others use the run's folder."""
+        self.peers.stop()
         self.report.close()
         self.lock.release()
 
@@ -95,24 +97,28 @@ def assemble(config: Config, notes: list[str]) -> Assembly:
             free again.
     """
     accelerator = build_accelerator(config)
+    peers = PeerWatch(accelerator)
     run = locate_run(config)
-    with _locked_until_assembled(run, accelerator) as lock:
-        return _assemble(config, run, lock, accelerator, list(notes))
-
-
-@contextlib.contextmanager
-def _locked_until_assembled(run: RunDirectory, accelerator: Accelerator) -> Iterator[RunLock]:
     lock = RunLock(run.path)
-    on_main(accelerator, lock.acquire)
     try:
-        yield lock
-    except BaseException:
+        on_main(accelerator, lock.acquire)
+        return _assemble(config, run, lock, accelerator, peers, list(notes))
+    except BaseException as error:
         lock.release()
-        raise
+        explained = peers.explain(error)
+        peers.stop()
+        if explained is error:
+            raise
+        raise explained from error
 
 
 def _assemble(
-    config: Config, run: RunDirectory, lock: RunLock, accelerator: Accelerator, notes: list[str]
+    config: Config,
+    run: RunDirectory,
+    lock: RunLock,
+    accelerator: Accelerator,
+    peers: PeerWatch,
+    notes: list[str],
 ) -> Assembly:
     store = CheckpointStore(run.checkpoints, FileSystem(), lock.check)
 
@@ -139,7 +145,8 @@ def _assemble(
     last_step = count_steps(config, len(index), step.blocks, progress)
 
     precision = choose_precision(config.model.precision, accelerator.device)
-    model = build_model(
+    build = functools.partial(
+        build_model,
         config.model,
         config.lora,
         precision,
@@ -148,6 +155,7 @@ def _assemble(
         checkpoint.path if checkpoint else None,
         is_sharded=accelerator.distributed_type == DistributedType.FSDP,
     )
+    model = on_all(accelerator, build)
     model_line = describe_model(config.model, model, precision, accelerator)
     fingerprints = {
         "corpus": corpus.fingerprint,
@@ -171,7 +179,7 @@ def _assemble(
     engine = build_engine(accelerator, model, config, step.accumulation)
     isolation = check_isolation(engine.plain, encoder.vocabulary_size, precision)
     if checkpoint:
-        restore(engine, checkpoint)
+        on_all(accelerator, functools.partial(restore, engine, checkpoint))
 
     with telling_of_disk_errors(run.logs):
         report = Reporter(run, config, progress.step, last_step, accelerator.is_main_process)
@@ -192,7 +200,7 @@ def _assemble(
     ]
     report.say("\n".join(opening_lines))
     return Assembly(
-        config, run, lock, accelerator, tokenizer, corpus.train, index, held_out,
+        config, run, lock, accelerator, peers, tokenizer, corpus.train, index, held_out,
         engine.model, engine, step, progress, checkpoints, report, last_step,
     )  # fmt: skip
 

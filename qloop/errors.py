@@ -66,6 +66,17 @@ class LockedError(QloopError):
     exit_code = 77
 
 
+class PeerError(QloopError):
+    """Another process of the run has ended, without which this one cannot go on."""
+
+    def __init__(self, dead: str) -> None:
+        super().__init__(
+            f"{dead} has ended, and no other process can go on without it; its own message says "
+            "why, or nothing if it was killed; the newest checkpoint is whole, the same command "
+            "goes on from there"
+        )
+
+
 @contextlib.contextmanager
 def telling_of_disk_errors(path: Path) -> Iterator[None]:
     """Ends a run that cannot write with a message.

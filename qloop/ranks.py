@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from qloop.errors import QloopError
 
@@ -27,3 +27,19 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     if refusal:
         raise refusal
     return result  # type: ignore[no-any-return]
+
+
+def on_all(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Calls a function on every rank, each of which gets its own result; or all raise one error.
+
+    So a file that one rank alone cannot read ends all of them alike.
+    """
+    result, refusal = None, None
+    try:
+        result = function()
+    except QloopError as error:
+        refusal = error
+    for found in gather_object([refusal]):
+        if found:
+            raise found
+    return result  # type: ignore[return-value]

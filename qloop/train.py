@@ -35,18 +35,24 @@ def train(config: Config, notes: list[str]) -> None:
         DivergenceError: A step's loss or gradient norm is not finite; its update was not made.
         StoppedError: A signal asked for it; the run is saved.
         LockedError: Another process uses the run's folder.
+        PeerError: Another process of this run has ended.
     """
     with StopRequest() as stop:
         parts = assemble(config, notes)
         try:
             run_steps(parts, stop)
             finish(parts)
-        except BaseException as error:
+            parts.accelerator.wait_for_everyone()
+        except BaseException as raised:
+            error = parts.peers.explain(raised)
+            parts.peers.stop()
             if not isinstance(error, KeyboardInterrupt):  # that means now
                 parts.checkpoints.close()
             state = getattr(error, "state", "failed")
             parts.report.write_status(state, parts.progress.step, str(error) or repr(error))
-            raise
+            if error is raised:
+                raise
+            raise error from raised
         finally:
             parts.close()
 

@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.model.attention",
         "qloop.model.build",
         "qloop.model.saving",
+        "qloop.peers",
         "qloop.progress",
         "qloop.ranks",
         "qloop.report.ledger",
@@ -156,6 +157,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "qloop.checkpoint.tensors": {"qloop.errors"},
     "qloop.run_directory": {"qloop.checkpoint.filesystem", "qloop.config", "qloop.errors"},
     "qloop.checkpoint.filesystem": set(),
+    "qloop.peers": {"qloop.errors"},
     "qloop.ranks": {"qloop.errors"},
     "qloop.lock": {"qloop.errors"},
     "qloop.stops": {"qloop.errors"},
@@ -198,7 +200,7 @@ LIBRARIES = {
     "accelerate": Library(
         (
             *("qloop.train", "qloop.assembly", "qloop.evaluate", "qloop.stops"),
-            *("qloop.ranks", "qloop.checkpoint", "qloop.engines"),
+            *("qloop.ranks", "qloop.peers", "qloop.checkpoint", "qloop.engines"),
         ),
         inside_functions=False,
     ),

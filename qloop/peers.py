@@ -1,0 +1,145 @@
+"""Ends a process whose peers are gone, instead of letting it wait for them.
+
+A rank that dies (killed, out of memory, its machine lost) leaves the others waiting inside a
+collective: with NCCL until a time-out of ten minutes, and a signal from the launcher does not reach
+Python meanwhile. So a thread of every rank watches: the processes of its own machine by the
+system's own notice of their end, those of other machines through the store of torch.distributed,
+where every machine leaves a sign of life.
+
+    same machine    noticed at once
+    other machine   told by a rank beside the dead one within _POLL_SECONDS
+    whole machine   missed by the main rank after _SILENCE_SECONDS; lost itself, by everyone
+"""
+
+import contextlib
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from qloop.errors import PeerError
+
+_POLL_SECONDS = 2.0
+_SILENCE_SECONDS = 15.0
+_GRACE_SECONDS = 8.0
+"""How long a rank may take to leave by itself: gloo raises an error, NCCL goes on waiting."""
+
+
+class Peer(NamedTuple):
+    """A process of the run."""
+
+    rank: int
+    process: int
+    host: str
+    machine: str
+    """The same for processes that see each other's ids."""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.process} on {self.host})"
+
+
+class PeerWatch:
+    """Watches the other processes of a run from `start` to `stop`."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        """Learns who they are; every rank calls."""
+        self._dead = ""
+        self._found = threading.Event()
+        self._stopped = threading.Event()
+        self._is_alone = accelerator.num_processes == 1
+        if self._is_alone:
+            return
+        rank = accelerator.process_index
+        me = Peer(rank, os.getpid(), socket.gethostname(), name_machine())
+        peers: list[Peer] = gather_object([me])
+        self._machines = list(dict.fromkeys(peer.machine for peer in peers))
+        near = [peer for peer in peers if peer.machine == me.machine]
+        self._me, self._is_first_here = me, near[0].rank == rank
+        self._descriptors: dict[int, Peer] = {}
+        for peer in near:
+            if peer.rank != rank:
+                with contextlib.suppress(ProcessLookupError):  # the collectives will tell
+                    self._descriptors[os.pidfd_open(peer.process)] = peer
+        threading.Thread(target=self._watch, name="peers", daemon=True).start()
+
+    def stop(self) -> None:
+        """Ends the watch: from now on the others may end when they like."""
+        self._stopped.set()
+
+    def explain(self, error: BaseException) -> BaseException:
+        """Gives a PeerError for what a collective raises when a peer is gone, else the error."""
+        if isinstance(error, RuntimeError) and not (self._is_alone or self._stopped.is_set()):
+            self._found.wait(2 * _POLL_SECONDS)
+        return PeerError(self._dead) if self._found.is_set() else error
+
+    def _watch(self) -> None:
+        store = self._connect() if len(self._machines) > 1 else None
+        heard = {machine: (b"", time.monotonic()) for machine in self._machines}
+        while not self._stopped.is_set() and not self._dead:
+            self._dead = self._find_dead_neighbour(_POLL_SECONDS)
+            if store:
+                try:
+                    self._dead = self._exchange(store, heard)
+                except Exception as error:  # whatever the store raises, it is gone
+                    self._dead = f"the machine of the main process ({error})"
+        if self._stopped.is_set():
+            return
+        self._found.set()
+        if not self._stopped.wait(_GRACE_SECONDS):
+            sys.stderr.write(f"{PeerError(self._dead)}\n")
+            sys.stderr.flush()
+            os._exit(PeerError.exit_code)
+
+    def _find_dead_neighbour(self, seconds: float) -> str:
+        """Waits for the end of a process of this machine."""
+        poll = select.poll()
+        for descriptor in self._descriptors:
+            poll.register(descriptor, select.POLLIN)
+        ended = poll.poll(seconds * 1000)
+        return str(self._descriptors[ended[0][0]]) if ended else ""
+
+    def _connect(self) -> TCPStore:
+        # A client of its own, since that of torch.distributed may be waiting for something.
+        return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+
+    def _exchange(self, store: TCPStore, heard: dict[str, tuple[bytes, float]]) -> str:
+        """Tells the other machines, and learns from them, who is gone."""
+        run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+        if self._dead:
+            store.set(f"qloop/{run}/dead", self._dead)
+            return self._dead
+        if store.check([f"qloop/{run}/dead"]):
+            return str(store.get(f"qloop/{run}/dead").decode())
+        if self._is_first_here:
+            store.set(f"qloop/{run}/alive/{self._me.machine}", str(time.monotonic()))
+        if self._me.rank == 0:
+            return self._find_silent_machine(store, f"qloop/{run}/alive/", heard)
+        return ""
+
+    def _find_silent_machine(
+        self, store: TCPStore, prefix: str, heard: dict[str, tuple[bytes, float]]
+    ) -> str:
+        for machine in self._machines:
+            key = f"{prefix}{machine}"
+            sign = store.get(key) if store.check([key]) else b""
+            if sign != heard[machine][0]:
+                heard[machine] = (sign, time.monotonic())
+            elif time.monotonic() - heard[machine][1] > _SILENCE_SECONDS:
+                silent = f"the machine {machine}, silent for {_SILENCE_SECONDS:.0f} s"
+                store.set(f"{prefix[: -len('alive/')]}dead", silent)
+                return silent
+        return ""
+
+
+def name_machine() -> str:
+    """Names what processes have to share to see each other's ids."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()}-{boot[:8]}-{Path('/proc/self/ns/pid').readlink().name}"
