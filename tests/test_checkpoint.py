@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, and loadable by the libraries that people know."""
 
 import errno
+import functools
 import json
 from pathlib import Path
 
@@ -20,7 +21,16 @@ from qloop.checkpoint.manager import (
     restore,
 )
 from qloop.checkpoint.store import CheckpointStore, DamagedError
-from qloop.checkpoint.tensors import Kind, SavedTensors, align, encode_tensors, kind_of
+from qloop.checkpoint.tensors import (
+    Kind,
+    Piece,
+    SavedTensors,
+    align,
+    deal_out,
+    encode_tensors,
+    gather_mine,
+    kind_of,
+)
 from qloop.errors import CheckpointError, LockedError
 from qloop.train import train
 
@@ -228,6 +238,49 @@ def test_tensors_of_another_name_type_or_shape_are_not_loaded(tmp_path, name, te
     save_file({name: tensor}, file)
     with pytest.raises(CheckpointError, match=message):
         SavedTensors(tmp_path, "t").refuse_misfits({"a": kind_of(torch.zeros(2))})
+
+
+@given(
+    st.dictionaries(
+        st.text("ab./", min_size=1, max_size=5),
+        st.tuples(st.sampled_from(TYPES), st.lists(st.integers(0, 4), max_size=3)),
+        max_size=12,
+    ),
+    st.integers(1, 5),
+)
+def test_every_tensor_is_dealt_to_one_writer(kinds, num_writers):
+    dealt = {n: kind_of(torch.empty(shape, dtype=dtype)) for n, (dtype, shape) in kinds.items()}
+    shares = deal_out(dealt, num_writers)
+    assert len(shares) == num_writers
+    assert sorted(name for share in shares for name in share) == sorted(dealt)
+    assert all(share == align(share) for share in shares)
+    sizes = [sum(kind.nbytes for kind in share.values()) for share in shares]
+    largest = max((kind.nbytes for kind in dealt.values()), default=0)
+    assert max(sizes) - min(sizes) <= largest, "as even as whole tensors allow"
+
+
+def test_tensors_of_several_files_are_read_as_of_one(tmp_path):
+    whole = {"a": torch.arange(12.0).reshape(4, 3), "b": torch.ones(2), "c": torch.zeros(())}
+    for number, share in enumerate(deal_out(kinds_of(whole), 2)):
+        write_tensors(tmp_path / f"t-{number}-of-2.safetensors", {n: whole[n] for n in share})
+    saved = SavedTensors(tmp_path, "t")
+    saved.refuse_misfits(kinds_of(whole))
+    assert all(saved.read(name).equal(whole[name]) for name in whole)
+    assert saved.read("a", slice(1, 3)).equal(whole["a"][1:3])
+
+
+def test_gathering_ones_own_takes_part_in_gathering_the_others():
+    asked: list[str] = []
+
+    def gather(name: str) -> torch.Tensor:
+        asked.append(name)
+        return torch.zeros(1)
+
+    kind = kind_of(torch.zeros(1))
+    pieces = {name: Piece(kind, functools.partial(gather, name)) for name in ("a", "b", "c")}
+    assert len(list(gather_mine(pieces, {"b": kind}))) == 1
+    assert list(gather_mine(pieces, {})) == []
+    assert asked == ["a", "b", "c"] * 2
 
 
 # Saving and rotating

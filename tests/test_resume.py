@@ -6,9 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from qloop.config import Config
+from qloop.checkpoint.manager import Checkpoint, Origins
+from qloop.config import Config, load_config
+from qloop.data.batches import block_ids_at
 from qloop.errors import CheckpointError, ConfigError
+from qloop.progress import Progress
+from qloop.resume import Step, divide_step
 from qloop.train import train
 
 
@@ -159,3 +165,61 @@ def test_a_refused_start_leaves_no_folder_and_no_lock(make_config, tmp_path):
         with pytest.raises(Exception, match="nowhere"):
             train(config, [])
     assert not (config.run.output_dir / "run").exists()
+
+
+# Other numbers of processes
+
+
+def saved_with(step_blocks: int) -> Checkpoint:
+    return Checkpoint(Path("checkpoint-3"), Progress(3), Origins({}, {}, step_blocks))
+
+
+def batch(batch_size: int, accumulation: int, **run: str) -> Config:
+    keys = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation, **run}
+    return load_config(None, {key: str(value) for key, value in keys.items()}).config
+
+
+def test_the_first_start_decides_the_blocks_of_a_step():
+    assert divide_step(batch(2, 8), 4, None) == Step(64, 8)
+
+
+def test_on_more_processes_each_accumulates_less():
+    step = divide_step(batch(1, 8), 4, saved_with(16))
+    assert (step.blocks, step.accumulation) == (16, 4)
+    assert "gradient_accumulation_steps is 4 on every process, not 8" in step.notes[0]
+
+
+def test_on_the_same_number_of_processes_nothing_is_said():
+    assert divide_step(batch(1, 8), 2, saved_with(16)) == Step(16, 8)
+
+
+def test_processes_that_do_not_divide_a_step_are_refused_with_those_that_do():
+    with pytest.raises(ConfigError, match=r"reads 16 blocks.*start 1, 2, 4, 8 or 16 processes"):
+        divide_step(batch(1, 8), 3, saved_with(16))
+    with pytest.raises(ConfigError, match="start 1, 2 or 4 processes"):
+        divide_step(batch(4, 8), 8, saved_with(16))
+    with pytest.raises(ConfigError, match="lower batch_size"):
+        divide_step(batch(3, 1), 1, saved_with(16))
+
+
+def test_a_step_becomes_another_only_by_name():
+    assert divide_step(batch(1, 8, allow_change="step_blocks"), 3, saved_with(16)) == Step(24, 8)
+
+
+@given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 12), st.integers(0, 1000))
+def test_the_micro_batches_of_a_step_are_the_same_on_any_number_of_processes(
+    batch_size, micro_batches, num_processes, blocks_seen
+):
+    """Micro-batch m is the same blocks under the same seed, whichever rank has it."""
+    if micro_batches % num_processes:
+        return
+    step = divide_step(batch(batch_size, 1), num_processes, saved_with(batch_size * micro_batches))
+    block_ids = block_ids_at(blocks_seen, step.blocks, 37, seed=5)
+    dealt = block_ids.reshape(step.accumulation, num_processes, batch_size)
+    by_number = {
+        number * num_processes + rank: dealt[number, rank].tolist()
+        for number in range(step.accumulation)
+        for rank in range(num_processes)
+    }
+    alone = block_ids.reshape(micro_batches, batch_size)
+    assert by_number == {number: ids.tolist() for number, ids in enumerate(alone)}

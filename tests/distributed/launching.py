@@ -48,7 +48,7 @@ class Run:
         self.folder = workspace.folder / "output" / name
         self.keys = {**KEYS, "experiment_name": name, **workspace.method_keys(method), **keys}
 
-    def command(self, setting: Setting, **keys: Any) -> list[str]:
+    def command(self, setting: Setting, fault: str = "", **keys: Any) -> list[str]:
         accumulation = STEP_BLOCKS // setting.num_processes
         flags = {"gradient_accumulation_steps": accumulation, **self.keys, **keys}
         words = [w for k, v in self.workspace.flags(**flags).items() for w in (f"--{k}", v)]
@@ -58,6 +58,8 @@ class Run:
         launcher += ["--config_file", str(ROOT / "launch" / ENGINES[setting.engine])]
         launcher += ["--num_processes", str(setting.num_processes), "--main_process_port", "0"]
         program = ["-m", "qloop"] if setting.engine == "DDP" else [str(ON_CPU)]
+        if fault:
+            program = [str(ON_CPU.with_name("faults.py")), fault]
         return [*launcher, *program, "train", *words]
 
     def start(self, setting: Setting, **keys: Any) -> "Outcome":
@@ -69,9 +71,9 @@ class Run:
         assert self.read_progress()["num_processes"] == setting.num_processes
         return outcome
 
-    def spawn(self, setting: Setting, **keys: Any) -> subprocess.Popen:
+    def spawn(self, setting: Setting, fault: str = "", **keys: Any) -> subprocess.Popen:
         return subprocess.Popen(
-            self.command(setting, **keys),
+            self.command(setting, fault, **keys),
             cwd=self.workspace.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
