@@ -7,8 +7,7 @@
 #
 # The corpus is data/filtered_train.jsonl and data/filtered_test.jsonl unless flags say otherwise.
 # fp32 weights, gradients and two moments take 16 bytes a parameter before any activation:
-# 1.5b 25 GB, 3b 50 GB, 7b 122 GB, 14b 236 GB, 32b 524 GB. So 14b and 32b have to be sharded over
-# 4 GPUs; qloop refuses that launch until its checkpoints can hold a sharded optimizer.
+# 1.5b 25 GB, 3b 50 GB, 7b 122 GB, 14b 236 GB, 32b 524 GB. So 14b and 32b are sharded over 4 GPUs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -25,9 +24,7 @@ on_one_gpu() { # model, flags
 }
 
 on_four_gpus() { # model, flags
-    accelerate launch --num_processes 4 --num_machines 1 --mixed_precision bf16 \
-        --dynamo_backend no --use_fsdp --fsdp_version 2 \
-        --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_state_dict_type FULL_STATE_DICT \
+    accelerate launch --config_file launch/fsdp2.yaml --num_processes 4 \
         -m qloop train --config configs/full.toml \
         --batch_size 1 --gradient_accumulation_steps 8 --model_name "$@"
 }

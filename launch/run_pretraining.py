@@ -5,8 +5,8 @@
 
 With several GPUs it is `accelerate launch --multi_gpu -m qloop train` with the number of processes
 filled in. With one, or none, it is `python -m qloop train`: the launcher would only stand between,
-hide the exit code, and keep signals from the run. For FSDP, DeepSpeed or several machines call
-`accelerate launch --config_file ...` yourself.
+hide the exit code, and keep signals from the run. To shard a model, or for several machines, use
+`accelerate launch --config_file launch/fsdp2.yaml` and its neighbours.
 """
 
 import os

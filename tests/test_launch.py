@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.commands.launch import launch_command_parser
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 
@@ -130,9 +132,114 @@ def test_accelerate_accepts_the_launch_on_four_gpus_of_the_example_experiments()
     text = (LAUNCH / "pretrain_exps.sh").read_text().replace("\\\n", " ")
     (line,) = [line for line in text.splitlines() if line.lstrip().startswith("accelerate launch")]
     parsed = launch_command_parser().parse_args(shlex.split(line)[2:])
-    assert (parsed.num_processes, parsed.use_fsdp, parsed.module) == (4, True, True)
-    assert parsed.training_script == "qloop"
+    assert (parsed.num_processes, parsed.config_file) == (4, "launch/fsdp2.yaml")
     assert parsed.training_script_args[:3] == ["train", "--config", "configs/full.toml"]
+
+
+def read_as_accelerate(name: str, *flags: str) -> argparse.Namespace:
+    """Reads a config file, with flags, to what accelerate would launch."""
+    words = ["--config_file", str(LAUNCH / name), *flags, "-m", "qloop", "train"]
+    parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    return parsed
+
+
+CONFIG_FILES = {
+    "one_gpu.yaml": ("NO", 1, 1),
+    "multi_gpu.yaml": ("MULTI_GPU", 8, 1),
+    "cpu_two_processes.yaml": ("MULTI_GPU", 2, 1),
+    "fsdp2.yaml": ("FSDP", 8, 1),
+    "fsdp2_qlora.yaml": ("FSDP", 8, 1),
+    "deepspeed_zero2.yaml": ("DEEPSPEED", 8, 1),
+    "deepspeed_zero3.yaml": ("DEEPSPEED", 8, 1),
+    "multi_node.yaml": ("FSDP", 16, 2),
+}
+
+
+def test_every_config_file_of_accelerate_is_known_here():
+    files = {file.name for file in LAUNCH.glob("*.yaml")}
+    assert files - {"kubernetes.yaml"} == CONFIG_FILES.keys()
+
+
+@pytest.mark.parametrize("name", CONFIG_FILES)
+def test_accelerate_reads_its_config_files_and_knows_every_key(name):
+    config = load_config_from_file(str(LAUNCH / name))  # an unknown key is an error
+    found = (config.distributed_type.value, config.num_processes, config.num_machines)
+    assert found == CONFIG_FILES[name]
+    assert config.mixed_precision == "no", "qloop's own key decides"
+
+
+@pytest.mark.parametrize("name", CONFIG_FILES)
+def test_a_flag_replaces_the_number_of_processes_of_a_config_file(name):
+    assert read_as_accelerate(name, "--num_processes", "4").num_processes == 4
+
+
+@pytest.mark.parametrize("name", ["fsdp2.yaml", "fsdp2_qlora.yaml", "multi_node.yaml"])
+def test_sharding_is_by_the_second_version_of_fsdp(name):
+    parsed = read_as_accelerate(name)
+    assert parsed.use_fsdp
+    assert str(parsed.fsdp_version) == "2"
+    assert parsed.fsdp_auto_wrap_policy == "TRANSFORMER_BASED_WRAP"
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [("deepspeed_zero2.yaml", 2), ("deepspeed_zero3.yaml", 3)]
+)
+def test_deepspeed_is_told_its_stage_and_nothing_that_qloop_sets(name, stage):
+    parsed = read_as_accelerate(name)
+    assert parsed.use_deepspeed
+    assert parsed.zero_stage == stage
+    given = yaml.safe_load((LAUNCH / name).read_text())["deepspeed_config"]
+    assert not {"gradient_clipping", "gradient_accumulation_steps"} & given.keys()
+
+
+@pytest.mark.parametrize("name", ["deepspeed_zero2.yaml", "deepspeed_zero3.yaml"])
+def test_the_commented_keys_of_deepspeed_are_keys(name, tmp_path):
+    text = (LAUNCH / name).read_text().replace("# offload_", "offload_")
+    (tmp_path / name).write_text(text)
+    load_config_from_file(str(tmp_path / name))
+    assert yaml.safe_load(text)["deepspeed_config"]["offload_optimizer_device"] == "cpu"
+
+
+# The options of sbatch's manual that the script may use.
+SBATCH = {
+    *("job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time"),
+    *("requeue", "open-mode", "output", "signal", "partition", "account", "constraint"),
+}
+
+
+def test_the_slurm_job_uses_options_of_sbatch_only():
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    options = [line.split("--")[1].split("=")[0] for line in lines if line.startswith("#SBATCH")]
+    assert options
+    assert set(options) <= SBATCH
+    # sbatch reads no option after the first command.
+    first = next(n for n, line in enumerate(lines) if line and not line.startswith("#"))
+    assert all(not line.startswith("#SBATCH") for line in lines[first:])
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "debug.sh"])
+def test_scripts_are_valid_bash(name):
+    done = subprocess.run(
+        ["bash", "-n", LAUNCH / name], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_kubernetes_job_has_time_to_save_and_storage_that_all_pods_share():
+    runtime, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    assert job["kind"] == "TrainJob"
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    pod = node["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    environment = {item["name"]: item["value"] for item in container["env"]}
+    seconds = int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    assert 30 < seconds < pod["terminationGracePeriodSeconds"]
+    assert "SIGTERM" in environment["PET_SIGNALS_TO_HANDLE"].split(",")
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert "persistentVolumeClaim" in volumes["storage"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert f"--output_dir={mounts['storage']}/output" in container["args"]
 
 
 def test_the_launcher_of_several_processes_passes_signals_on_and_waits(script):

@@ -1,0 +1,186 @@
+"""The scripts of launch/ start, stop and go on, on two processes of this machine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import failures
+import pytest
+import yaml
+from launching import ON_CPU, ROOT, Run, Setting, largest_difference
+from workspace import Workspace
+
+pytestmark = pytest.mark.distributed
+
+TWO = ROOT / "launch/cpu_two_processes.yaml"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("jobs") / "workspace")
+
+
+@pytest.fixture
+def environment(tmp_path) -> dict[str, str]:
+    """With the Slurm of one node: srun runs what it is given, scontrol writes what it is asked."""
+    commands = {
+        "srun": 'while [[ $1 == --* ]]; do [[ $1 == *=* ]] || shift; shift; done\nexec "$@"',
+        "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/asked',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in commands.items():
+        file = tmp_path / "bin" / name
+        file.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        file.chmod(0o755)
+    slurm = {"NNODES": "1", "NODEID": "0", "JOB_ID": "4242", "JOB_NODELIST": "n1", "JOB_NAME": "q"}
+    return {
+        **os.environ,
+        **{f"SLURM_{name}": value for name, value in slurm.items()},
+        "SLURM_GPUS_ON_NODE": "2",
+        "LAUNCH": str(TWO),
+        "PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def flags_of(run: Run, *left_out: str, **keys) -> list[str]:
+    flags = run.workspace.flags(**{**run.keys, **keys})
+    return [w for k, v in flags.items() if k not in left_out for w in (f"--{k}", v)]
+
+
+def start_slurm(run: Run, environment: dict[str, str]) -> subprocess.Popen:
+    output_dir = str(run.workspace.folder / "output")
+    words = flags_of(run, "experiment_name", "output_dir", gradient_accumulation_steps=4)
+    return subprocess.Popen(
+        ["bash", str(ROOT / "launch/slurm.sbatch"), *words],
+        env={**environment, "EXPERIMENT": run.name, "OUTPUT_DIR": output_dir},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_a_slurm_job_runs_to_its_end(workspace, environment, tmp_path):
+    run = Run(workspace, "slurm", max_steps=6)
+    outcome = run.wait(start_slurm(run, environment))
+    assert outcome.code == 0, outcome.text
+    assert failures.read_status(run)["state"] == "finished"
+    assert run.read_progress()["num_processes"] == 2
+    assert not (tmp_path / "asked").exists(), "nothing to put back into the queue"
+
+
+def test_a_slurm_job_that_is_stopped_saves_and_goes_back_into_the_queue(
+    workspace, environment, tmp_path
+):
+    run = Run(workspace, "requeued", max_steps=400, save_steps=200)
+    process = start_slurm(run, environment)
+    failures.wait_for_step(run, 5)
+    process.send_signal(signal.SIGTERM)
+    outcome = run.wait(process)
+    assert outcome.code == 0, outcome.text
+    assert (tmp_path / "asked").read_text() == "requeue 4242\n"
+    status = failures.read_status(run)
+    assert (status["state"], status["step"]) == ("stopped", run.read_progress()["step"])
+    assert not failures.find_ranks(run)
+    again = run.wait(start_slurm(run, environment))
+    assert failures.read_status(run)["state"] == "finished", again.text
+    assert f"{status['step']} of 400 made; going on from" in again.text
+
+
+def test_a_slurm_job_whose_run_fails_ends_with_an_error(workspace, environment, tmp_path):
+    run = Run(workspace, "wrong", learning_rate="-1")
+    outcome = run.wait(start_slurm(run, environment))
+    assert outcome.code != 0
+    assert "learning_rate: must be above 0, got -1" in outcome.text
+    assert not (tmp_path / "asked").exists()
+
+
+def test_the_command_of_the_kubernetes_job_trains_with_two_processes(workspace):
+    runtime, _ = yaml.safe_load_all((ROOT / "launch/kubernetes.yaml").read_text())
+    (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    (container,) = node["template"]["spec"]["template"]["spec"]["containers"]
+    own = {item["name"]: item["value"] for item in container["env"]}
+    # What the runtime sets in the pod of a job of one node.
+    torch = {"PET_NNODES": "1", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "127.0.0.1"}
+    torch |= {"PET_MASTER_PORT": "0", "LAUNCH": str(TWO), "GPUS_PER_NODE": "2"}
+    run = Run(workspace, "pod", max_steps=6)
+    done = subprocess.run(
+        [*container["command"], *flags_of(run, gradient_accumulation_steps=4)],
+        env={**os.environ, **own, **torch, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert run.read_progress()["num_processes"] == 2
+
+
+def test_two_launchers_make_one_run_as_on_two_machines(workspace):
+    """By launch/multi_node.yaml, each with one process, and sharded over both."""
+    alone = Run(workspace, "one-machine", max_steps=6)
+    alone.start(Setting("FSDP2", 2))
+    run = Run(workspace, "two-machines", max_steps=6)
+    port = str(20_000 + os.getpid() % 20_000)
+    launchers = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "accelerate.commands.launch"),
+                *("--config_file", str(ROOT / "launch/multi_node.yaml"), "--machine_rank", rank),
+                *("--num_processes", "2", "--main_process_ip", "127.0.0.1"),
+                *("--main_process_port", port, str(ON_CPU), "train"),
+                *flags_of(run, gradient_accumulation_steps=4),
+            ],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in ("0", "1")
+    ]
+    outcomes = [run.wait(launcher) for launcher in launchers]
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    assert run.read_progress()["num_processes"] == 2
+    assert largest_difference(run.read_metrics(), alone.read_metrics(), "loss") == 0.0
+
+
+def debug(run: Run, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(ROOT / "launch/debug.sh"), *flags_of(run)],
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            **environment,
+        },
+        input=stdin,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_the_debug_script_names_the_operation_behind_a_nan_and_is_deterministic(workspace):
+    run = Run(workspace, "debugged", max_steps=6)
+    done = debug(run, PDB="0")
+    assert done.returncode == 0, done.stderr
+    assert "Anomaly" in done.stderr, "torch says that it is slower now"
+    config = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert config["run"]["deterministic"] is True
+
+
+def test_the_debug_script_stops_in_the_loop_with_the_step_at_hand(workspace):
+    run = Run(workspace, "stepped", max_steps=6)
+    lines = (ROOT / "qloop/train.py").read_text().splitlines()
+    line = next(n for n, text in enumerate(lines, 1) if "engine.measure_grad_norm()" in text)
+    commands = f"b {ROOT}/qloop/train.py:{line}\nc\np 'targets', target_tokens\nq\n"
+    done = debug(run, commands)
+    assert "('targets', " in done.stdout, done.stdout + done.stderr
+    assert json.loads((run.folder / "status.json").read_text())["step"] == 0
