@@ -12,7 +12,6 @@ set -euo pipefail
 
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 export CUDA_LAUNCH_BLOCKING=1         # a GPU error is raised where it happens
-export TORCH_SHOW_CPP_STACKTRACES=1
 export TORCHDYNAMO_DISABLE=1          # nothing is compiled
 export WANDB_MODE=${WANDB_MODE:-disabled}
 

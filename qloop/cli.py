@@ -91,6 +91,29 @@ def train(ctx: click.Context, /, config_file: Path | None, **flags: str | None) 
     run_training(config, describe_unused(config, origins))
 
 
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    type=click.Choice(["bf16", "fp16", "fp32"]),
+    default="bf16",
+    show_default=True,
+    help="type of the weights",
+)
+@click.option("--base", help="where an adapter's base is now: hub name or folder")
+def export(checkpoint: Path, destination: Path, dtype: str, base: str | None) -> None:
+    """Write CHECKPOINT as a plain model directory; adapters are merged into their base.
+
+    CHECKPOINT is a checkpoint's folder, or a run's: then its newest good one.
+    """
+    from qloop.export import export as export_model
+    from qloop.report.console import quieten_libraries
+
+    quieten_libraries()
+    export_model(checkpoint, destination, dtype, base, click.echo)
+
+
 @cli.group()
 def checkpoint() -> None:
     """Look at a run's checkpoints; nothing is changed."""

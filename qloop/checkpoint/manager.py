@@ -37,6 +37,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from qloop.checkpoint.store import CheckpointStore, File, Kept, show_bytes
 from qloop.checkpoint.tensors import (
+    INDEX,
     HostCopies,
     Kind,
     Piece,
@@ -45,6 +46,8 @@ from qloop.checkpoint.tensors import (
     deal_out,
     encode_tensors,
     gather_mine,
+    index_of,
+    name_parts,
 )
 from qloop.config import CheckpointConfig
 from qloop.engines.engine import Engine
@@ -55,7 +58,6 @@ T = TypeVar("T")
 
 MOMENTS = "optimizer"  # the stem of their files
 PROGRESS = "progress.json"
-INDEX = ".safetensors.index.json"
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors")
 
 # What the ranks tell each other of a commit; the main one knows, the others add nothing.
@@ -480,16 +482,9 @@ def _share_of(rank: int, writers: int, stem: str, pieces: Mapping[str, Piece]) -
     if writers == 1:
         mine = kinds if rank == 0 else {}
         return _Share(stem, f"{stem}.safetensors", ordered, mine, b"")
-    shares = deal_out(kinds, writers)
-    files = [f"{stem}-{n + 1:05}-of-{writers:05}.safetensors" for n in range(writers)]
-    content = {
-        "metadata": {"total_size": sum(kind.nbytes for kind in kinds.values())},
-        "weight_map": {
-            name: file for file, share in zip(files, shares, strict=True) for name in share
-        },
-    }
-    index = (json.dumps(content, indent=2) + "\n").encode()
-    return _Share(stem, files[rank], ordered, shares[rank], index)
+    parts = dict(zip(name_parts(stem, writers), deal_out(kinds, writers), strict=True))
+    file = list(parts)[rank]
+    return _Share(stem, file, ordered, parts[file], index_of(parts))
 
 
 def _on_main(accelerator: Accelerator, function: Callable[[], Path]) -> tuple[Path | None, str]:

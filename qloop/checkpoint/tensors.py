@@ -23,6 +23,8 @@ _TYPES = {
 }  # fmt: skip
 
 
+INDEX = ".safetensors.index.json"
+
 _BYTES = {name: dtype.itemsize for dtype, name in _TYPES.items()}
 
 
@@ -97,6 +99,21 @@ def deal_out(kinds: Mapping[str, Kind], num_writers: int) -> list[dict[str, Kind
         shares[writer][name] = kinds[name]
         sizes[writer] += kinds[name].nbytes
     return [align(share) for share in shares]
+
+
+def name_parts(stem: str, count: int) -> list[str]:
+    """Names the files of a stem, as transformers does: `model-00001-of-00002.safetensors`."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
+
+
+def index_of(parts: Mapping[str, Mapping[str, Kind]]) -> bytes:
+    """Says which tensor is in which file, as transformers reads it: stem + INDEX."""
+    size = sum(kind.nbytes for kinds in parts.values() for kind in kinds.values())
+    where = {name: file for file, kinds in parts.items() for name in kinds}
+    content = {"metadata": {"total_size": size}, "weight_map": where}
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def gather_mine(pieces: Mapping[str, Piece], names: Mapping[str, Kind]) -> Iterator[torch.Tensor]:

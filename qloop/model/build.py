@@ -239,8 +239,22 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return total, trained
 
 
-def fingerprint_weights(model: torch.nn.Module) -> str:
+def merge_adapters(model: Any) -> PreTrainedModel:
+    """Adds every adapter to the layer that it belongs to, and gives the plain model.
+
+    Raises:
+        ConfigError: An adapter holds NaN or inf.
+    """
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ConfigError(f"the adapter cannot be merged: {error}") from error
+
+
+def fingerprint_weights(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
     """Hashes names, types, shapes and a spread of some hundred values of every frozen tensor.
+
+    With `dtype`, as if floating-point tensors had that type.
 
     It tells one base from another, or from a fine-tuned one, in milliseconds; it does not protect
     from someone who changes single weights on purpose.
@@ -254,8 +268,11 @@ def fingerprint_weights(model: torch.nn.Module) -> str:
         if scales is not None:  # kept in numbers of one type or another, with the same bytes
             flat = flat.view(torch.uint8)
         shape = tuple(parameter.shape) if scales is None else tuple(scales.shape)
-        digest.update(f"{name} {flat.dtype} {shape}".encode())
-        values = flat[:: max(1, flat.numel() // 256)].double().tolist()
+        some = flat[:: max(1, flat.numel() // 256)]
+        if dtype and some.is_floating_point():
+            some = some.to(dtype)
+        digest.update(f"{name} {some.dtype} {shape}".encode())
+        values = some.double().tolist()
         digest.update(struct.pack(f"{len(values)}d", *values))
         if scales is not None:
             digest.update(scales.absmax.double().cpu().numpy().tobytes())

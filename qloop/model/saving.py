@@ -43,6 +43,14 @@ def collect_files(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, b
 
     None of it changes while a run goes on.
     """
+    files = collect_model_files(model)
+    with tempfile.TemporaryDirectory() as name:
+        tokenizer.save_pretrained(name, save_jinja_files=False)
+        return files | _read_folder(Path(name))
+
+
+def collect_model_files(model: Any) -> dict[str, bytes]:
+    """Gives a model's configs and its own code, by file name."""
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
         folder = Path(name)
         if hasattr(model, "peft_config"):
@@ -54,5 +62,8 @@ def collect_files(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, b
         else:
             assert isinstance(model, PreTrainedModel)
             model.save_pretrained(folder, state_dict={})
-        tokenizer.save_pretrained(folder, save_jinja_files=False)
-        return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+        return _read_folder(folder)
+
+
+def _read_folder(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}

@@ -106,7 +106,8 @@ def find_ranks(run: Run) -> dict[int, psutil.Process]:
 
 def try_fault(workspace: Workspace, engine: str, fault: str, **keys) -> tuple[Run, Outcome]:
     """Runs with a fault on one of two ranks, to whatever end."""
-    run = Run(workspace, f"{fault}-{engine}{len(keys)}", **{**KEYS, **keys})
+    name = "-".join([fault, engine, *map(str, keys.values())]).replace("/", "_")[:60]
+    run = Run(workspace, name, **{**KEYS, **keys})
     outcome = run.wait(run.spawn(Setting(engine, 2), fault=fault), seconds=120)
     assert not find_ranks(run), "a process is left"
     return run, outcome

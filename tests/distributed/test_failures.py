@@ -34,12 +34,10 @@ def test_a_rank_that_waits_for_a_dead_one_without_end_leaves_too(curves, fault):
 
 @pytest.mark.parametrize("fault", ["nan_loss", "infinite_gradient"])
 @pytest.mark.parametrize("engine", ["DDP", "FSDP2", "ZeRO-2", "ZeRO-3"])
-def test_a_step_that_is_bad_on_one_rank_is_refused_by_all(workspace, curves, engine, fault):
+def test_a_step_that_is_bad_on_one_rank_is_refused_by_all(workspace, engine, fault):
     run, outcome = failures.try_fault(workspace, engine, fault)
     assert outcome.text.count("the update was not made, the weights are those after step 5") >= 2
     assert failures.read_status(run)["state"] == "diverged"
-    run.start(failures.Setting(engine, 2))  # without the fault, from the checkpoint of step 3
-    assert failures.read_curve(run) == curves.get(engine)
 
 
 @pytest.mark.parametrize("is_async", ["true", "false"])
