@@ -3,6 +3,8 @@
 import functools
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,9 +20,10 @@ from qloop.checkpoint.manager import (
 )
 from qloop.checkpoint.store import CheckpointStore
 from qloop.config import Config, ModelConfig
-from qloop.data.packing import BlockIndex, pack_best_fit, pack_wrapped
+from qloop.data.indexes import load_index
+from qloop.data.packing import BlockIndex
 from qloop.data.sources import find_sources
-from qloop.data.tokens import Corpus, Encoder, Source, TokenStore, load_corpus
+from qloop.data.tokens import Corpus, Encoder, Source, TokenStore, build_corpus, open_corpus
 from qloop.engines.build import build_accelerator, build_engine, describe_engine
 from qloop.engines.engine import Engine
 from qloop.errors import ConfigError, DataError, QloopError, telling_of_disk_errors
@@ -44,8 +47,6 @@ from qloop.report.ledger import describe_corpus, describe_ledger
 from qloop.report.reporter import Reporter
 from qloop.resume import Step, choose_checkpoint, divide_step, refuse_other_origins
 from qloop.run_directory import RunDirectory, locate_run, write_json
-
-_PACKINGS = {"best_fit": pack_best_fit, "wrapped": pack_wrapped}
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def _assemble(
     checkpoint = on_main(accelerator, choose)
     progress = checkpoint.progress if checkpoint else Progress()
 
-    sources = find_sources(config.data)
+    sources: list[Source | None] = []  # on the main rank, which alone reads the corpus
+    on_main(accelerator, lambda: sources.extend(find_sources(config.data)))
     tokenizer = load_tokenizer(config.model)
     encoder = build_encoder(tokenizer)
     model_config = load_model_config(config.model)
@@ -206,25 +208,33 @@ def _assemble(
 
 
 def _load_data(
-    config: Config,
-    sources: tuple[Source, Source | None],
-    encoder: Encoder,
-    accelerator: Accelerator,
+    config: Config, sources: list[Any], encoder: Encoder, accelerator: Accelerator
 ) -> tuple[Corpus, BlockIndex, HeldOut | None]:
-    """Tokenises, or opens what was tokenised before, and packs both sides."""
+    """Tokenises and packs both sides on the main rank; all open and map what it made."""
     data = config.data
     cache_dir = data.cache_dir or config.run.output_dir / ".cache"
-    with accelerator.main_process_first(), telling_of_disk_errors(cache_dir):
-        corpus = load_corpus(
-            *sources, encoder, cache_dir, data.held_out_share, data.train_on_prompt,
-            data.deduplicate,
-        )  # fmt: skip
-    index = _PACKINGS[data.packing](corpus.train.positions, data.max_seq_length)
-    held_out = None
-    if corpus.held_out:
-        held_out_index = pack_best_fit(corpus.held_out.positions, data.max_seq_length)
-        held_out = HeldOut(corpus.held_out, held_out_index)
-    return corpus, index, held_out
+
+    def build() -> tuple[Path, bool]:
+        with telling_of_disk_errors(cache_dir):
+            built = build_corpus(
+                *sources, encoder, cache_dir, data.held_out_share,
+                data.train_on_prompt, data.deduplicate,
+            )  # fmt: skip
+            open_all(*built)
+            return built
+
+    def open_all(folder: Path, was_cached: bool) -> tuple[Corpus, BlockIndex, HeldOut | None]:
+        with telling_of_disk_errors(cache_dir):
+            corpus = open_corpus(folder, encoder, was_cached)
+            length, held_out = data.max_seq_length, None
+            index = load_index(folder / "train", corpus.train, data.packing, length)
+            if corpus.held_out:
+                blocks = load_index(folder / "held_out", corpus.held_out, "best_fit", length)
+                held_out = HeldOut(corpus.held_out, blocks)
+            return corpus, index, held_out
+
+    folder, was_cached = on_main(accelerator, build)
+    return on_all(accelerator, lambda: open_all(folder, was_cached))
 
 
 def describe_model(

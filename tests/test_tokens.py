@@ -15,7 +15,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from qloop.config import DataConfig, ModelConfig
 from qloop.data.documents import Document, Refusal
 from qloop.data.sources import find_sources
-from qloop.data.tokens import Corpus, Encoder, Source, TokenStore, is_held_out, load_corpus
+from qloop.data.tokens import (
+    Corpus,
+    Encoder,
+    Source,
+    TokenStore,
+    _delete_leftovers,
+    _in_use,
+    is_held_out,
+    load_corpus,
+)
 from qloop.errors import DataError
 from qloop.model.build import build_encoder, load_tokenizer
 
@@ -837,3 +846,29 @@ def test_positions_are_the_tokens_of_each_document_but_the_last(tmp_path):
     assert store.offsets.tolist() == [0, 2, 11]
     assert store.positions.tolist() == [1, 8]
     assert store.target_tokens == 9
+
+
+# What a killed process leaves
+
+
+def test_the_next_build_deletes_what_a_killed_one_left(tmp_path):
+    left = tmp_path / "tokens/.building-abc-12345678"
+    (left / "train").mkdir(parents=True)
+    _delete_leftovers(tmp_path / "tokens")
+    assert not left.exists()
+
+
+def test_what_another_process_is_building_is_left_alone(tmp_path):
+    building = tmp_path / "tokens/.building-abc-12345678"
+    with _in_use(building):
+        (building / "train").mkdir()
+        _delete_leftovers(tmp_path / "tokens")
+        assert (building / "train").exists()
+    assert not building.exists()
+
+
+def test_arrays_of_a_store_are_mapped_and_not_read(tmp_path, corpus_dir, encoder):
+    sources = find_sources(DataConfig(train_file=corpus_dir))
+    corpus = load_corpus(*sources, encoder, tmp_path, 0.2, False, True)
+    for values in (corpus.train.offsets, corpus.train.first_targets, corpus.train.target_bytes):
+        assert isinstance(values, np.memmap)

@@ -12,10 +12,14 @@ file is another corpus; an unchanged one is opened at once. The folder appears b
 whole.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import uuid
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -124,7 +128,23 @@ def load_corpus(
     train_on_prompt: bool,
     deduplicate: bool,
 ) -> Corpus:
-    """Opens the stores of a corpus, building them first if this content was never tokenised before.
+    """Builds and opens a corpus; see `build_corpus`."""
+    folder, was_cached = build_corpus(
+        train, held_out, encoder, cache_dir, held_out_share, train_on_prompt, deduplicate
+    )
+    return open_corpus(folder, encoder, was_cached)
+
+
+def build_corpus(
+    train: Source,
+    held_out: Source | None,
+    encoder: Encoder,
+    cache_dir: Path,
+    held_out_share: float,
+    train_on_prompt: bool,
+    deduplicate: bool,
+) -> tuple[Path, bool]:
+    """Makes sure that this content is tokenised.
 
     Args:
         train: Documents to learn from, and to hold some out of if `held_out` is none.
@@ -134,6 +154,9 @@ def load_corpus(
         held_out_share: Of the training documents, when `held_out` is none; 0 holds out nothing.
         train_on_prompt: Whether a prompt's tokens are targets.
         deduplicate: Whether exact copies are left out.
+
+    Returns:
+        The folder of its stores, and whether it was there before.
 
     Raises:
         DataError: Nothing is usable, or no document is on one of the two sides.
@@ -150,8 +173,9 @@ def load_corpus(
     folder = cache_dir / "tokens" / key
     was_cached = folder.is_dir()
     if not was_cached:
+        _delete_leftovers(folder.parent)
         building = folder.with_name(f".building-{key}-{uuid.uuid4().hex[:8]}")
-        try:
+        with _in_use(building):
             sides = _split(train, held_out, held_out_share)
             holds_out = held_out is not None or held_out_share > 0
             report = _build(sides, encoder, building, train_on_prompt, deduplicate, holds_out)
@@ -161,16 +185,46 @@ def load_corpus(
             except OSError:
                 if not folder.is_dir():  # else another process built the same in the meantime
                     raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+    return folder, was_cached
+
+
+def open_corpus(folder: Path, encoder: Encoder, was_cached: bool) -> Corpus:
+    """Maps the stores of a corpus; nothing but the report is read."""
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     return Corpus(
         train=_open_store(folder / "train", encoder),
         held_out=_open_store(folder / "held_out", encoder) if report["held_out"] else None,
         report=report,
-        fingerprint=key,
+        fingerprint=folder.name,
         was_cached=was_cached,
     )
+
+
+@contextlib.contextmanager
+def _in_use(building: Path) -> Iterator[None]:
+    """Makes a folder that is locked as long as this process is at work in it, and then gone."""
+    building.mkdir(parents=True)
+    descriptor = os.open(building, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _delete_leftovers(folder: Path) -> None:
+    """Deletes what a process that was killed while tokenising has left."""
+    for building in folder.glob(".building-*"):
+        with contextlib.suppress(OSError):  # in use, or gone by now
+            descriptor = os.open(building, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                # An empty one may have been made this moment, and be locked the next.
+                if any(building.iterdir()):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(building)
+            finally:
+                os.close(descriptor)
 
 
 def is_held_out(content_hash: bytes, share: float) -> bool:
@@ -262,9 +316,10 @@ class _StoreWriter:
         self._encoder = encoder
         self._train_on_prompt = train_on_prompt
         self._waiting: list[Document] = []
-        self._offsets = [0]
-        self._first_targets: list[int] = []
-        self._target_bytes: list[int] = []
+        # 8 bytes a document each, where a list would take 40.
+        self._offsets = array("q", [0])
+        self._first_targets = array("q")
+        self._target_bytes = array("q")
         self._tokens = (folder / "tokens.bin").open("wb")
         self._places = (folder / "places.jsonl").open("w", encoding="utf-8")
 
@@ -314,18 +369,16 @@ class _StoreWriter:
 
 
 def _open_store(folder: Path, encoder: Encoder) -> TokenStore:
-    offsets = np.load(folder / "offsets.npy")
+    # Mapped, not read: what all ranks of a machine look at is in its memory once.
+    offsets, first_targets, target_bytes = (
+        np.load(folder / f"{name}.npy", mmap_mode="r")
+        for name in ("offsets", "first_targets", "target_bytes")
+    )
     if len(offsets) == 1:  # an empty file cannot be mapped
         tokens: npt.NDArray[Any] = np.empty(0, dtype=_dtype(encoder))
     else:
         tokens = np.memmap(folder / "tokens.bin", dtype=_dtype(encoder), mode="r")
-    return TokenStore(
-        tokens=tokens,
-        offsets=offsets,
-        first_targets=np.load(folder / "first_targets.npy"),
-        target_bytes=np.load(folder / "target_bytes.npy"),
-        end_id=encoder.end_id,
-    )
+    return TokenStore(tokens, offsets, first_targets, target_bytes, encoder.end_id)
 
 
 def _dtype(encoder: Encoder) -> type[np.unsignedinteger[Any]]:
