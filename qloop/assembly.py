@@ -215,9 +215,10 @@ def _load_data(
     cache_dir = data.cache_dir or config.run.output_dir / ".cache"
 
     def build() -> tuple[Path, bool]:
+        train, held_out = sources
         with telling_of_disk_errors(cache_dir):
             built = build_corpus(
-                *sources, encoder, cache_dir, data.held_out_share,
+                train, held_out, encoder, cache_dir, data.held_out_share,
                 data.train_on_prompt, data.deduplicate,
             )  # fmt: skip
             open_all(*built)

@@ -144,3 +144,7 @@ def _set_up_deepspeed(accelerator: Accelerator, config: Config) -> None:
     plugin["train_micro_batch_size_per_gpu"] = config.batch.batch_size
     plugin["train_batch_size"] = "auto"
     plugin["gradient_clipping"] = config.optimizer.max_grad_norm
+    if accelerator.mixed_precision == "bf16":
+        # DeepSpeed would sum gradients in bf16, over micro-batches and over ranks.
+        plugin["data_types"] = {"grad_accum_dtype": "fp32"}
+        plugin["communication_data_type"] = "fp32"

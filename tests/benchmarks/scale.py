@@ -1,0 +1,152 @@
+"""Measures what a corpus of any size costs: packing it, opening it, and memory while training.
+
+python tests/benchmarks/scale.py            10 million documents; stores of 10 MB, 1 GB and 20 GB
+python tests/benchmarks/scale.py --short    a million documents; stores of 10 MB and 1 GB
+
+Token files are synthetic, with document lengths as of code (log-normal, 1,000 tokens on average);
+every figure is taken in a process of its own. Memory is told apart: `private` cannot be given back
+(RssAnon), `mapped` are pages of the files that the system drops when it needs the room (RssFile).
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from qloop.data.batches import block_ids_at, build_micro_batch
+from qloop.data.indexes import load_index
+from qloop.data.packing import Integers
+from qloop.data.tokens import TokenStore
+
+BLOCK_LENGTH = 2048
+MICRO_BATCHES = 2000
+ARRAYS = ("offsets", "first_targets", "target_bytes")
+
+
+def draw_lengths(num_documents: int) -> Integers:
+    lengths = np.random.default_rng(0).lognormal(6.4, 1.0, num_documents)
+    return lengths.clip(2, 200_000).astype(np.int64)
+
+
+def write_store(folder: Path, lengths: Integers, with_tokens: bool) -> None:
+    """Writes a store's files; without tokens the largest is a hole of the right size."""
+    folder.mkdir(parents=True)
+    np.save(folder / "offsets.npy", np.append(0, np.cumsum(lengths)))
+    np.save(folder / "first_targets.npy", np.ones(len(lengths), np.int64))
+    np.save(folder / "target_bytes.npy", lengths * 3)
+    total = int(lengths.sum())
+    with (folder / "tokens.bin").open("wb") as stream:
+        stream.truncate(total * 4)
+        for start in range(0, total if with_tokens else 0, 1 << 24):
+            count = min(1 << 24, total - start)
+            np.random.default_rng(start).integers(0, 150_000, count, np.uint32).tofile(stream)
+
+
+def open_store(folder: Path) -> TokenStore:
+    """As training opens one."""
+    tokens = np.memmap(folder / "tokens.bin", np.uint32, mode="r")
+    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
+    return TokenStore(tokens, *arrays, end_id=0)
+
+
+def read_memory() -> dict[str, float]:
+    """This process's memory in GB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = dict(line.split(":") for line in lines)
+    names = {"private": "RssAnon", "mapped": "RssFile", "peak": "VmHWM"}
+    return {name: int(found[key].split()[0]) * 1024 / 1e9 for name, key in names.items()}
+
+
+def measure_open(folder: Path, packing: str) -> dict:
+    """Opens store and index, packing them if they were not; seconds and memory."""
+    started = time.perf_counter()
+    index = load_index(folder, open_store(folder), packing, BLOCK_LENGTH)
+    blocks = len(index)
+    return {"seconds": time.perf_counter() - started, "blocks": blocks, **read_memory()}
+
+
+def measure_training(folder: Path, packing: str) -> dict:
+    """Reads micro-batches all over the corpus, as many steps of training do."""
+    started = time.perf_counter()
+    store = open_store(folder)
+    index = load_index(folder, store, packing, BLOCK_LENGTH)
+    first = time.perf_counter()
+    positions = 0
+    for number in range(MICRO_BATCHES):
+        seen = number * (len(index) // MICRO_BATCHES)
+        micro_batch = build_micro_batch(store, index, block_ids_at(seen, 1, len(index), 42))
+        positions += micro_batch.input_ids.numel()
+    seconds = time.perf_counter() - first
+    return {"open": first - started, "positions_per_second": positions / seconds, **read_memory()}
+
+
+MEASURES = {"open": measure_open, "training": measure_training}
+
+
+def measure(what: str, folder: Path, packing: str) -> dict:
+    """Measures in a fresh process."""
+    command = [sys.executable, __file__, "--measure", what, str(folder), packing]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return dict(json.loads(done.stdout))
+
+
+def report_packing(folder: Path, num_documents: int) -> None:
+    lengths = draw_lengths(num_documents)
+    tokens = lengths.sum()
+    print(f"\n{num_documents:,} documents, {tokens / 1e9:.2f} billion tokens:\n")
+    print("| packing | packed in | peak memory | opened from the cache in | its private memory |")
+    print("|---|---|---|---|---|")
+    write_store(folder, lengths, with_tokens=False)
+    for packing in ("best_fit", "wrapped"):
+        first, second = (measure("open", folder, packing) for _ in range(2))
+        print(
+            f"| {packing}, {first['blocks']:,} blocks | {first['seconds']:.1f} s "
+            f"| {first['peak']:.2f} GB | {second['seconds']:.2f} s | {second['private']:.2f} GB |",
+            flush=True,
+        )
+    shutil.rmtree(folder)
+
+
+def report_memory(folder: Path, sizes: list[float]) -> None:
+    print(f"\n{MICRO_BATCHES:,} micro-batches of {BLOCK_LENGTH} tokens, spread over the corpus:\n")
+    print("| tokens on disk | documents | opened in | private | mapped | positions a second |")
+    print("|---|---|---|---|---|---|")
+    for gigabytes in sizes:
+        lengths = draw_lengths(int(gigabytes * 1e9 / 4 / 991))
+        write_store(folder, lengths, with_tokens=True)
+        measure("open", folder, "best_fit")  # packs
+        found = measure("training", folder, "best_fit")
+        print(
+            f"| {gigabytes:g} GB | {len(lengths):,} | {found['open']:.2f} s "
+            f"| {found['private']:.3f} GB | {found['mapped']:.2f} GB "
+            f"| {found['positions_per_second']:,.0f} |",
+            flush=True,
+        )
+        shutil.rmtree(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="smaller sizes")
+    parser.add_argument("--folder", type=Path, help="where the token files are written")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        what, folder, packing = options.measure
+        print(json.dumps(MEASURES[what](Path(folder), packing)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="qloop-scale-") as name:
+        report_packing(Path(name) / "index", 1_000_000 if options.short else 10_000_000)
+        report_memory(Path(name) / "store", [0.01, 1] if options.short else [0.01, 1, 20])
+
+
+if __name__ == "__main__":
+    main()
