@@ -100,7 +100,7 @@ def sent_bytes(model: Model, engine: str, num_gpus: int, accumulation: int) -> f
             "DDP": 2 * 4 * p,
             "FSDP2": accumulation * (2 * 2 * p + 4 * p),
             "ZeRO-2": accumulation * 4 * p + 2 * p,
-            "ZeRO-3": accumulation * (2 * 2 * p + 2 * p),
+            "ZeRO-3": accumulation * (2 * 2 * p + 4 * p),
         }[engine]
     )
 
