@@ -24,7 +24,12 @@ from qloop.data.indexes import load_index
 from qloop.data.packing import BlockIndex
 from qloop.data.sources import find_sources
 from qloop.data.tokens import Corpus, Encoder, Source, TokenStore, build_corpus, open_corpus
-from qloop.engines.build import build_accelerator, build_engine, describe_engine
+from qloop.engines.build import (
+    build_accelerator,
+    build_engine,
+    describe_engine,
+    reads_weights,
+)
 from qloop.engines.engine import Engine
 from qloop.errors import ConfigError, DataError, QloopError, telling_of_disk_errors
 from qloop.lock import RunLock
@@ -156,6 +161,7 @@ def _assemble(
         config.run.seed,
         checkpoint.path if checkpoint else None,
         is_sharded=accelerator.distributed_type == DistributedType.FSDP,
+        reads_weights=reads_weights(accelerator),
     )
     model = on_all(accelerator, build)
     model_line = describe_model(config.model, model, precision, accelerator)

@@ -56,6 +56,14 @@ def build_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
+def reads_weights(accelerator: Accelerator) -> bool:
+    """Whether this rank reads a model that is to be built; under FSDP2 one of a machine does."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return True
+    sends = accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
+    return bool(accelerator.is_local_main_process or not sends)
+
+
 def build_engine(
     accelerator: Accelerator, model: torch.nn.Module, config: Config, accumulation: int
 ) -> Engine:

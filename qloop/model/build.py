@@ -140,6 +140,7 @@ def build_model(
     seed: int,
     checkpoint: Path | None = None,
     is_sharded: bool = False,
+    reads_weights: bool = True,
 ) -> PreTrainedModel:
     """Builds the model for its method, on the CPU; only a 4-bit base is made on the device.
 
@@ -153,6 +154,8 @@ def build_model(
             anew.
         is_sharded: It will be cut over the ranks, which 4-bit weights allow only if they are
             kept as floating-point numbers, several in one.
+        reads_weights: False leaves a base of `full` and `lora` without values, in memory that is
+            not touched: this rank gets its shards from another.
 
     Raises:
         ConfigError: The base cannot be found, is no causal language model, or lacks weights; a
@@ -162,9 +165,9 @@ def build_model(
     torch.manual_seed(seed)
     compute_type = torch.bfloat16 if precision == "bf16" else torch.float32
     if config.training_method == "full":
-        model = _build_full(config, checkpoint)
+        model = _build_full(config, checkpoint, reads_weights)
     else:
-        base = _load_base(config, compute_type, device, is_sharded=is_sharded)
+        base = _load_base(config, compute_type, device, None, is_sharded, reads_weights)
         base.requires_grad_(False)
         _keep_trainable_on_cpu(base)
         model = _add_adapters(base, config, lora)
@@ -281,11 +284,14 @@ def fingerprint_weights(model: torch.nn.Module, dtype: torch.dtype | None = None
     return digest.hexdigest()
 
 
-def _build_full(config: ModelConfig, checkpoint: Path | None) -> PreTrainedModel:
+def _build_full(
+    config: ModelConfig, checkpoint: Path | None, reads_weights: bool
+) -> PreTrainedModel:
     if checkpoint:
         _refuse_other_weights(config, checkpoint)
     if checkpoint or not config.model_config_file:
-        return _load_base(config, torch.float32, torch.device("cpu"), checkpoint)
+        cpu = torch.device("cpu")
+        return _load_base(config, torch.float32, cpu, checkpoint, reads_weights=reads_weights)
     try:
         return AutoModelForCausalLM.from_config(
             load_model_config(config),
@@ -322,6 +328,7 @@ def _load_base(
     device: torch.device,
     checkpoint: Path | None = None,
     is_sharded: bool = False,
+    reads_weights: bool = True,
 ) -> PreTrainedModel:
     """Loads a causal LM, from safetensors only, and makes sure that no weight was made up."""
     name = str(checkpoint or config.model_name)
@@ -335,6 +342,8 @@ def _load_base(
             bnb_4bit_quant_storage=dtype if is_sharded else torch.uint8,
         )
         options["device_map"] = {"": device}
+    elif not reads_weights:
+        options["device_map"] = {"": "meta"}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
@@ -367,9 +376,8 @@ def _load_base(
 
 
 def _give_places(model: PreTrainedModel) -> None:
-    """Gives memory, untouched, to weights that only the first rank of a machine has read.
+    """Gives memory, untouched, to weights that were not read.
 
-    Under FSDP2 transformers leaves them without any on the others, which get theirs shard by shard.
     Accelerate finds an optimizer's parameters again by their address, and without memory all have
     the same: every weight but one would silently go untrained.
     """

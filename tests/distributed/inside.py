@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import on_cpu  # noqa: F401  (changes what accelerate takes the machine for)
+import torch
 from torch.distributed.tensor import DTensor
 
 from qloop.config import load_config
-from qloop.engines.build import build_accelerator, build_engine
+from qloop.engines.build import build_accelerator, build_engine, reads_weights
 from qloop.model.build import build_model, choose_precision
 
 
@@ -20,6 +21,11 @@ def resident_bytes() -> int:
     """Memory that this process has, mapped files too; untouched places are not in it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    tensor = parameter.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def main() -> None:
@@ -30,7 +36,13 @@ def main() -> None:
     precision = choose_precision(config.model.precision, accelerator.device)
     before = resident_bytes()
     model = build_model(
-        config.model, config.lora, precision, accelerator.device, 1, is_sharded=True
+        config.model,
+        config.lora,
+        precision,
+        accelerator.device,
+        1,
+        is_sharded=True,
+        reads_weights=reads_weights(accelerator),
     )
     built = resident_bytes() - before
     size = sum(parameter.nbytes for parameter in model.parameters())
@@ -49,7 +61,8 @@ def main() -> None:
         "optimized": len({id(p) for g in engine.optimizer.param_groups for p in g["params"]}),
         "sharded_base_layers": sum(isinstance(p, DTensor) for p in four_bits),
         "base_layers": len(four_bits),
-        "checksum": float(sum(p.detach().double().abs().sum() for p in engine.trained.values())),
+        "buffers": float(sum(buffer.double().sum() for buffer in engine.plain.buffers())),
+        "checksum": sum(float(_whole(p).double().abs().sum()) for p in engine.trained.values()),
     }
     (folder / f"{accelerator.process_index}.json").write_text(json.dumps(facts))
     accelerator.wait_for_everyone()

@@ -60,6 +60,7 @@ def test_under_fsdp2_one_process_reads_the_base_and_each_keeps_its_shards(worksp
     assert second["built_bytes"] < 0.3 * second["model_bytes"], "places, and libraries"
     for rank in (first, second):
         assert rank["local_bytes"] == pytest.approx(rank["model_bytes"] / 2, rel=0.02)
+    assert first["buffers"] == second["buffers"] != 0, "which are in no file, and are not sent"
     assert first["checksum"] == second["checksum"] > 0, "shards of the same model"
 
 
