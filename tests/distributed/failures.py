@@ -14,7 +14,8 @@ from qloop.checkpoint.store import CheckpointStore
 
 STEPS = 40
 SECONDS_TO_LEAVE = 30
-KEYS = {"max_steps": STEPS, "save_steps": 3, "share_above_gb": 0, "log_steps": 1000}
+# Every step is saved, by both ranks, so that most kills fall into a save.
+KEYS = {"max_steps": STEPS, "save_steps": 1, "share_above_gb": 0, "log_steps": 1000}
 
 
 class Death(NamedTuple):
@@ -25,6 +26,8 @@ class Death(NamedTuple):
     fault: str
     seconds: float
     """Until the last process that trains had left."""
+    in_save: bool
+    """Whether a checkpoint was being written."""
     failure: str
     """What did not hold, or nothing."""
 
@@ -62,7 +65,9 @@ def kill_one(curves: Curves, engine: str, rank: int, at_step: int, fault: str = 
     psutil.wait_procs(list(ranks.values()), timeout=SECONDS_TO_LEAVE + 30)
     seconds = time.monotonic() - started
     text = run.wait(process).text
-    return Death(engine, rank, fault, seconds, find_failure(curves, run, setting, seconds, text))
+    in_save = any((run.folder / "checkpoints").glob(".unfinished-*"))
+    failure = find_failure(curves, run, setting, seconds, text)
+    return Death(engine, rank, fault, seconds, in_save, failure)
 
 
 def find_failure(curves: Curves, run: Run, setting: Setting, seconds: float, text: str) -> str:

@@ -55,18 +55,28 @@ class Run:
         if not setting.engine:
             return [sys.executable, "-m", "qloop", "train", *words]
         launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-        launcher += ["--config_file", str(ROOT / "launch" / ENGINES[setting.engine])]
+        launcher += ["--config_file", str(self._launch_file(setting.engine))]
         launcher += ["--num_processes", str(setting.num_processes), "--main_process_port", "0"]
         program = ["-m", "qloop"] if setting.engine == "DDP" else [str(ON_CPU)]
         if fault:
             program = [str(ON_CPU.with_name("faults.py")), fault]
         return [*launcher, *program, "train", *words]
 
+    def _launch_file(self, engine: str) -> Path:
+        """Finds the launcher's file; for "... offload" with its commented keys turned on."""
+        file = ROOT / "launch" / ENGINES[engine.removesuffix(" offload")]
+        if not engine.endswith(" offload"):
+            return file
+        changed = self.workspace.folder / f"offload_{file.name}"
+        changed.write_text(file.read_text().replace("# offload_", "offload_"))
+        return changed
+
     def start(self, setting: Setting, **keys: Any) -> "Outcome":
         """Runs to its end; fails if that is no good one, or not by that many processes."""
         outcome = self.wait(self.spawn(setting, **keys))
         assert outcome.code == 0, outcome.text[-4000:]
-        name = f", {setting.engine})" if setting.engine else "cpu x 1)"
+        engine = setting.engine.removesuffix(" offload")
+        name = f", {engine})" if engine else "cpu x 1)"
         assert name in outcome.text, outcome.text
         assert self.read_progress()["num_processes"] == setting.num_processes
         return outcome

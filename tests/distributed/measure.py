@@ -27,15 +27,15 @@ from workspace import Workspace  # noqa: E402
 
 RESULTS = ROOT / "distributed.json"
 BEGIN, END = "<!-- {}: begin -->\n", "<!-- {}: end -->\n"
-KILLS = [("DDP", 0, 7), ("DDP", 1, 10), ("FSDP2", 0, 9), ("FSDP2", 1, 14), ("ZeRO-2", 0, 12)]
-KILLS += [("ZeRO-2", 1, 6), ("ZeRO-3", 0, 11), ("ZeRO-3", 1, 8)]
+ENGINES = ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")
+KILLS = [(engine, rank, step) for engine in ENGINES for rank in (0, 1) for step in (5, 11, 17)]
 
 
 def measure_parity(workspace: Workspace) -> list[dict]:
     references = parity.References(workspace)
     rows = []
     for method, engines in parity.CASES.items():
-        for engine in engines:
+        for engine in [*engines, *(parity.OFFLOADED if method == "full" else ())]:
             found = parity.compare(references, method, engine)
             rows.append({**found._asdict(), "held": found.held})
             print(rows[-1], flush=True)
@@ -97,14 +97,19 @@ def format_elastic(rows: list[dict]) -> str:
 
 def format_failures(rows: list[dict]) -> str:
     names = {"": "", "waits_for_ever": ", the other inside a call that never returns"}
-    names["lost_machine"] = ", on a machine of its own and nobody there to tell, as above"
-    lines = ["| killed | the others had left after | gone on to the same last digit |"]
-    lines.append("|---|---|---|")
-    for row in rows:
-        held = "yes" if row["held"] else f"NO: {row['failure'][:80]}"
+    names["lost_machine"] = ", on a machine of its own with nobody there to tell, as above"
+    lines = [
+        "| killed | times | inside a save | the others left within | went on to the same bits |"
+    ]
+    lines.append("|---|---|---|---|---|")
+    kinds = dict.fromkeys((row["engine"], row["fault"]) for row in rows)
+    for engine, fault in kinds:
+        some = [row for row in rows if (row["engine"], row["fault"]) == (engine, fault)]
+        ranks = "rank 0 or 1" if len(some) > 1 else f"rank {some[0]['rank']}"
         lines.append(
-            f"| {row['engine']}, rank {row['rank']}{names[row['fault']]} | {row['seconds']:.1f} s "
-            f"| {held} |"
+            f"| {engine}, {ranks}{names[fault]} | {len(some)} "
+            f"| {sum(row['in_save'] for row in some)} "
+            f"| {max(row['seconds'] for row in some):.1f} s | {sum(row['held'] for row in some)} |"
         )
     return "\n".join(lines) + "\n"
 
