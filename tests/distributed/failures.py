@@ -1,6 +1,7 @@
 """One rank dies, or meets what the others do not: all leave alike, and nothing is lost."""
 
 import json
+import random
 import signal
 import time
 from typing import NamedTuple
@@ -60,6 +61,7 @@ def kill_one(curves: Curves, engine: str, rank: int, at_step: int, fault: str = 
     wait_for_step(run, at_step)
     ranks = find_ranks(run)
     assert sorted(ranks) == [0, 1], ranks
+    time.sleep(random.Random(name).random() / 10)  # anywhere in a step
     started = time.monotonic()
     ranks.pop(rank).send_signal(signal.SIGKILL)
     psutil.wait_procs(list(ranks.values()), timeout=SECONDS_TO_LEAVE + 30)
