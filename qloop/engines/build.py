@@ -28,7 +28,7 @@ def build_accelerator(config: Config) -> Accelerator:
     cpu = not torch.accelerator.is_available()
     device = torch.device("cpu" if cpu else torch.accelerator.current_accelerator() or "cpu")
     precision = choose_precision(config.model.precision, device)
-    accelerator = Accelerator(
+    accelerator = _accelerate(
         # Accelerate leaves FSDP and DeepSpeed out, without a word, where it is told of a CPU.
         cpu=cpu and not _asks_for("FSDP") and not _asks_for("DEEPSPEED"),
         mixed_precision="bf16" if precision == "bf16" else "no",
@@ -41,12 +41,13 @@ def build_accelerator(config: Config) -> Accelerator:
         ),
     )
     kind = accelerator.distributed_type
-    for engine in ("FSDP", "DEEPSPEED"):
-        if _asks_for(engine) and kind != engine:
-            raise ConfigError(
-                f"accelerate launch: {engine} was asked for, but needs GPUs, and none is here; "
-                "launch with launch/cpu_two_processes.yaml"
-            )
+    asked = next((engine for engine in ("FSDP", "DEEPSPEED") if _asks_for(engine)), None)
+    is_alone = accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1"))
+    if asked and (kind != asked or is_alone):  # each process would make a run of its own
+        raise ConfigError(
+            f"accelerate launch: {asked} was asked for, but needs GPUs, and none is here; launch "
+            "with launch/cpu_two_processes.yaml"
+        )
     if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         raise ConfigError(f"accelerate launch: {kind.value} is not supported; see launch/*.yaml")
     if kind == DistributedType.FSDP:
@@ -97,6 +98,16 @@ def describe_engine(accelerator: Accelerator) -> str:
     if kind == DistributedType.DEEPSPEED:
         return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
     return "DDP" if accelerator.num_processes > 1 else ""
+
+
+def _accelerate(**options: Any) -> Accelerator:
+    try:
+        return Accelerator(**options)
+    except ImportError as error:  # of DeepSpeed, which is no part of qloop
+        raise ConfigError(
+            f"accelerate launch: {error}; install it (pip install 'qloop[deepspeed]'), or launch "
+            "with launch/fsdp2.yaml"
+        ) from error
 
 
 def _prepare(accelerator: Accelerator, model: torch.nn.Module, config: Config) -> Any:

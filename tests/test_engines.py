@@ -1,0 +1,123 @@
+"""What a launcher may ask for, and what is refused; the engines themselves run in distributed/."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+
+from qloop.config import Config, load_config
+from qloop.engines.build import (
+    _set_up_deepspeed,
+    _set_up_fsdp,
+    build_accelerator,
+    describe_engine,
+    reads_weights,
+)
+from qloop.errors import ConfigError
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+
+
+def config(**keys: str) -> Config:
+    return load_config(None, keys).config
+
+
+@pytest.mark.parametrize(
+    ("file", "engine"), [("fsdp2.yaml", "FSDP"), ("deepspeed_zero2.yaml", "DEEPSPEED")]
+)
+def test_an_engine_for_gpus_is_refused_where_there_is_none(tmp_path, file, engine):
+    """Accelerate would train without it, or make a run of each process, and say nothing."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", LAUNCH / file),
+            *("--num_processes", "2", "--main_process_port", "0"),
+            *("-m", "qloop", "train", "--output_dir", tmp_path),
+        ],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"{engine} was asked for, but needs GPUs, and none is here; launch with" in done.stderr
+    assert "exitcode  : 78" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_process_has_no_engine_by_name_and_reads_the_weights():
+    accelerator = build_accelerator(config())
+    assert describe_engine(accelerator) == ""
+    assert reads_weights(accelerator)
+
+
+def of_fsdp(**keys) -> SimpleNamespace:
+    plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **keys})
+    return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no")
+
+
+def test_only_the_second_version_of_fsdp_is_taken():
+    with pytest.raises(ConfigError, match="fsdp_version is 1"):
+        _set_up_fsdp(of_fsdp(fsdp_version=1), config())
+
+
+def test_recomputing_twice_is_refused():
+    with pytest.raises(ConfigError, match="turn one of them off"):
+        _set_up_fsdp(of_fsdp(activation_checkpointing=True), config())
+    _set_up_fsdp(of_fsdp(activation_checkpointing=True), config(gradient_checkpointing="false"))
+
+
+def test_fsdp_sums_gradients_in_fp32():
+    accelerator = of_fsdp()
+    accelerator.mixed_precision = "bf16"
+    _set_up_fsdp(accelerator, config())
+    policy = accelerator.state.fsdp_plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+
+
+def of_deepspeed(**keys) -> SimpleNamespace:
+    plugin = DeepSpeedPlugin(zero_stage=2)
+    plugin.deepspeed_config.update(keys)
+    return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), mixed_precision="no")
+
+
+def test_deepspeed_is_told_what_qloop_knows():
+    accelerator = of_deepspeed()
+    accelerator.mixed_precision = "bf16"
+    _set_up_deepspeed(accelerator, config(batch_size="3", max_grad_norm="0.7"))
+    told = accelerator.state.deepspeed_plugin.deepspeed_config
+    assert told["train_micro_batch_size_per_gpu"] == 3
+    assert told["gradient_clipping"] == 0.7
+    assert told["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert told["communication_data_type"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"optimizer": {"type": "Adam"}}, "has its own optimizer"),
+        ({"scheduler": {"type": "WarmupLR"}}, "has its own scheduler"),
+        ({"fp16": {"enabled": True}}, "turns fp16 on"),
+        ({"zero_optimization": {"stage": 0}}, "zero_stage is 0"),
+    ],
+)
+def test_a_deepspeed_config_that_contradicts_qloop_is_refused(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        _set_up_deepspeed(of_deepspeed(**keys), config())
+
+
+def test_qlora_is_refused_under_deepspeed():
+    with pytest.raises(ConfigError, match="qlora does not run under DeepSpeed"):
+        _set_up_deepspeed(of_deepspeed(), config(training_method="qlora"))
+
+
+def test_a_missing_deepspeed_ends_in_a_message(monkeypatch):
+    def lacks(**options: object) -> None:
+        raise ImportError("DeepSpeed is not installed")
+
+    monkeypatch.setattr("qloop.engines.build.Accelerator", lacks)
+    with pytest.raises(ConfigError, match=r"DeepSpeed is not installed; install it \(pip install"):
+        build_accelerator(config())
