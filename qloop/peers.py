@@ -9,6 +9,8 @@ where every machine leaves a sign of life.
     same machine    noticed at once
     other machine   told by a rank beside the dead one within _POLL_SECONDS
     whole machine   missed by the main rank after _SILENCE_SECONDS; lost itself, by everyone
+
+Silence counts from the first step on only: what is done before may hold Python for long.
 """
 
 import contextlib
@@ -54,6 +56,7 @@ class PeerWatch:
         self._dead = ""
         self._found = threading.Event()
         self._stopped = threading.Event()
+        self._steps_began = threading.Event()
         self._is_alone = accelerator.num_processes == 1
         if self._is_alone:
             return
@@ -66,9 +69,13 @@ class PeerWatch:
         self._descriptors: dict[int, Peer] = {}
         for peer in near:
             if peer.rank != rank:
-                with contextlib.suppress(ProcessLookupError):  # the collectives will tell
+                with contextlib.suppress(OSError):  # gone, or an old Linux: the collectives tell
                     self._descriptors[os.pidfd_open(peer.process)] = peer
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
+
+    def expect_signs_of_life(self) -> None:
+        """From now on, a machine that is silent is lost."""
+        self._steps_began.set()
 
     def stop(self) -> None:
         """Ends the watch: from now on the others may end when they like."""
@@ -120,7 +127,9 @@ class PeerWatch:
             return str(store.get(f"qloop/{run}/dead").decode())
         if self._is_first_here:
             store.set(f"qloop/{run}/alive/{self._me.machine}", str(time.monotonic()))
-        if self._me.rank == 0:
+        if self._me.rank == 0 and not self._steps_began.is_set():
+            heard.update({machine: (b"", time.monotonic()) for machine in self._machines})
+        elif self._me.rank == 0:
             return self._find_silent_machine(store, f"qloop/{run}/alive/", heard)
         return ""
 

@@ -70,6 +70,7 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
         measure_held_out(parts)
     model.train()
     stop.is_running = True
+    parts.peers.expect_signs_of_life()
     while progress.step < parts.last_step:
         started = time.perf_counter()
 
