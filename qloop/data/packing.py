@@ -125,29 +125,35 @@ def pack_wrapped(positions: Integers, block_length: int) -> BlockIndex:
         block_length: Tokens in a block.
     """
     ends = np.cumsum(positions)
-    total = int(ends[-1])
     begins = ends - positions
     # A slice starts where a document starts and where a block starts: with documents of 3 and 4
-    # positions and blocks of 5, at 0, 3 and 5.
-    block_begins = np.arange(0, total, block_length, dtype=np.int64)
-    slice_begins = np.union1d(begins, block_begins)
-    document = np.searchsorted(ends, slice_begins, side="right")
+    # positions and blocks of 5, at 0, 3 and 5, in blocks 0, 0 and 1.
+    first_block = begins // block_length
+    document, number = _number_pieces((ends - 1) // block_length - first_block + 1)
+    block = first_block[document] + number
+    slice_begins = np.maximum(begins[document], block * block_length)
     return BlockIndex(
         block_length,
-        np.append(np.searchsorted(slice_begins, block_begins), len(slice_begins)).astype(np.int64),
-        document.astype(np.int64),
+        np.append(0, np.cumsum(np.bincount(block))),
+        document,
         slice_begins - begins[document],
-        np.diff(np.append(slice_begins, total)),
+        np.diff(np.append(slice_begins, ends[-1])),
     )
 
 
 def _cut(positions: Integers, block_length: int) -> tuple[Integers, Integers, Integers]:
     """Cuts documents into pieces of at most a block: document, first and length of each."""
-    pieces = -(-positions // block_length)
-    document = np.repeat(np.arange(len(positions), dtype=np.int64), pieces)
-    # Number of the piece in its document: for 2 and 3 pieces, 0 1 0 1 2.
-    number = np.arange(len(document), dtype=np.int64) - np.repeat(
-        np.cumsum(pieces) - pieces, pieces
-    )
+    document, number = _number_pieces(-(-positions // block_length))
     first = number * block_length
     return document, first, np.minimum(positions[document] - first, block_length)
+
+
+def _number_pieces(pieces: Integers) -> tuple[Integers, Integers]:
+    """Names each piece by document and number in it: for 2 and 3 pieces, 0 0 1 1 1 and 0 1 0 1 2.
+
+    Args:
+        pieces: Pieces of each document. [documents]
+    """
+    document = np.repeat(np.arange(len(pieces), dtype=np.int64), pieces)
+    firsts = np.repeat(np.cumsum(pieces) - pieces, pieces)
+    return document, np.arange(len(document), dtype=np.int64) - firsts
