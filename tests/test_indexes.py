@@ -1,5 +1,8 @@
 """Block indexes beside their store: packed once, mapped, and never used when damaged."""
 
+import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -14,11 +17,15 @@ from qloop.data.tokens import TokenStore
 LENGTHS = [5, 40, 3, 17, 9, 64, 2]
 
 
+def build_store(lengths: list[int]) -> TokenStore:
+    offsets = np.cumsum([0, *lengths])
+    empty = np.zeros(len(lengths), dtype=np.int64)
+    return TokenStore(np.zeros(offsets[-1], np.uint16), offsets, empty + 1, empty, 0)
+
+
 @pytest.fixture
 def store() -> TokenStore:
-    offsets = np.cumsum([0, *LENGTHS])
-    empty = np.zeros(len(LENGTHS), dtype=np.int64)
-    return TokenStore(np.zeros(offsets[-1], np.uint16), offsets, empty + 1, empty, 0)
+    return build_store(LENGTHS)
 
 
 def same(a: BlockIndex, b: BlockIndex) -> bool:
@@ -64,36 +71,98 @@ def test_another_packing_or_block_length_is_another_index(tmp_path, store, packe
     assert packed == ["best_fit", "best_fit", "wrapped"]
 
 
-def spoil_length(folder: Path) -> None:
-    file = folder / "length.npy"
-    file.write_bytes(file.read_bytes()[:-8])
+def index_of(folder: Path) -> Path:
+    (path,) = folder.glob("index-*")
+    return path
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize(
     "spoil",
     [
-        spoil_length,
+        lambda folder: (folder / "length.npy").write_bytes(b"no array"),
         lambda folder: (folder / "first.npy").unlink(),
         lambda folder: (folder / "starts.npy").write_bytes(b""),
-        lambda folder: (folder / "document.npy").write_bytes(b"no array"),
+        lambda folder: (folder / "seal.txt").write_bytes(b""),
+        lambda folder: (folder / "seal.txt").unlink(),
         lambda folder: np.save(folder / "document.npy", np.zeros(3, np.int64)),
-        lambda folder: np.save(
-            folder / "document.npy", np.load(folder / "document.npy").clip(max=len(LENGTHS) - 2)
-        ),
     ],
-    ids=["truncated", "missing", "empty", "no array", "too short", "of another store"],
+    ids=["no array", "missing", "empty", "empty seal", "no seal", "too short"],
 )
 def test_an_index_that_is_not_whole_is_packed_again(tmp_path, store, packed, spoil):
     wanted = PACKINGS["best_fit"](store.positions, 16)
     load_index(tmp_path, store, "best_fit", 16)
-    (folder,) = tmp_path.glob("index-*")
-    spoil(folder)
+    spoil(index_of(tmp_path))
     assert same(load_index(tmp_path, store, "best_fit", 16), wanted)
     assert packed == ["best_fit", "best_fit"]
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert names_in(tmp_path) == ["index-1-best_fit-16", "packing.lock"]
 
 
-def test_several_that_build_it_at_once_end_with_one(tmp_path, store):
+@pytest.mark.parametrize("name", ["starts", "document", "first", "length"])
+def test_a_flipped_bit_anywhere_is_noticed(tmp_path, store, packed, name):
+    """In the header too, where it may turn integers into floats."""
+    wanted = PACKINGS["best_fit"](store.positions, 16)
+    load_index(tmp_path, store, "best_fit", 16)
+    file = index_of(tmp_path) / f"{name}.npy"
+    places = range(0, file.stat().st_size, 5)
+    for place in places:
+        content = bytearray(file.read_bytes())
+        content[place] ^= 1 << place % 8
+        file.write_bytes(content)
+        assert same(load_index(tmp_path, store, "best_fit", 16), wanted)
+    assert len(packed) == 1 + len(places)
+
+
+def test_an_index_of_another_store_is_not_used(tmp_path, store, packed):
+    """As many documents of the same lengths, in another order."""
+    other = build_store(LENGTHS[::-1])
+    (tmp_path / "other").mkdir()
+    load_index(tmp_path / "other", other, "best_fit", 16)
+    shutil.copytree(index_of(tmp_path / "other"), tmp_path / "index-1-best_fit-16")
+    found = load_index(tmp_path, store, "best_fit", 16)
+    assert packed == ["best_fit", "best_fit"]
+    assert same(found, PACKINGS["best_fit"](store.positions, 16))
+
+
+def test_an_index_of_another_packing_is_not_used(tmp_path, store, packed):
+    load_index(tmp_path, store, "best_fit", 16)
+    index_of(tmp_path).rename(tmp_path / "index-1-wrapped-16")
+    assert same(
+        load_index(tmp_path, store, "wrapped", 16), PACKINGS["wrapped"](store.positions, 16)
+    )
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path, store):
+    (tmp_path / ".building-index").mkdir()
+    (tmp_path / ".building-index/starts.npy").write_bytes(b"half")
+    load_index(tmp_path, store, "best_fit", 16)
+    assert names_in(tmp_path) == ["index-1-best_fit-16", "packing.lock"]
+
+
+def test_one_packs_while_the_others_wait_and_a_killed_one_lets_go(tmp_path, store):
+    code = (
+        "import sys, time; from pathlib import Path; from qloop.data.indexes import _alone\n"
+        "with _alone(Path(sys.argv[1])): print('locked', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as packing:
+        assert packing.stdout.readline() == b"locked\n"
+        found: list[BlockIndex] = []
+        waiting = threading.Thread(
+            target=lambda: found.append(load_index(tmp_path, store, "best_fit", 16))
+        )
+        waiting.start()
+        waiting.join(0.5)
+        assert found == []
+        packing.kill()
+        waiting.join(60)
+    assert same(found[0], PACKINGS["best_fit"](store.positions, 16))
+
+
+def test_of_several_that_want_it_at_once_one_packs(tmp_path, store, packed):
     found: list[BlockIndex] = []
     threads = [
         threading.Thread(target=lambda: found.append(load_index(tmp_path, store, "best_fit", 16)))
@@ -105,4 +174,4 @@ def test_several_that_build_it_at_once_end_with_one(tmp_path, store):
         thread.join()
     assert len(found) == 8
     assert all(same(index, found[0]) for index in found)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert packed == ["best_fit"]

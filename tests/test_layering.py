@@ -156,7 +156,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.data.tokens",
         "qloop.errors",
     },
-    "qloop.data.indexes": {"qloop.data.packing", "qloop.data.tokens"},
+    "qloop.data.indexes": {"qloop.data.documents", "qloop.data.packing", "qloop.data.tokens"},
     "qloop.data.batches": {"qloop.data.packing", "qloop.data.tokens"},
     "qloop.data.tokens": {"qloop.data.documents", "qloop.data.packing", "qloop.errors"},
     "qloop.data.documents": {"qloop.errors"},

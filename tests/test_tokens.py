@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +24,9 @@ from qloop.data.tokens import (
     Encoder,
     Source,
     TokenStore,
-    _delete_leftovers,
-    _in_use,
     is_held_out,
     load_corpus,
+    open_corpus,
 )
 from qloop.errors import DataError
 from qloop.model.build import build_encoder, load_tokenizer
@@ -851,20 +854,66 @@ def test_positions_are_the_tokens_of_each_document_but_the_last(tmp_path):
 # What a killed process leaves
 
 
-def test_the_next_build_deletes_what_a_killed_one_left(tmp_path):
-    left = tmp_path / "tokens/.building-abc-12345678"
-    (left / "train").mkdir(parents=True)
-    _delete_leftovers(tmp_path / "tokens")
-    assert not left.exists()
+SLOW_BUILD = """
+import sys, time
+from pathlib import Path
+from qloop.data.documents import Document
+from qloop.data.tokens import Encoder, Source, load_corpus
+
+def read():
+    yield Document("a:1", "", "a.q")
+    print("reading", flush=True)
+    time.sleep(600)
+
+encoder = Encoder(None, None, [], 0, 9, "slow")
+load_corpus(Source(read, "slow"), None, encoder, Path(sys.argv[1]), 0.0, False, True)
+"""
 
 
-def test_what_another_process_is_building_is_left_alone(tmp_path):
-    building = tmp_path / "tokens/.building-abc-12345678"
-    with _in_use(building):
-        (building / "train").mkdir()
-        _delete_leftovers(tmp_path / "tokens")
-        assert (building / "train").exists()
-    assert not building.exists()
+def test_what_a_process_is_building_is_left_alone_until_it_is_killed(place):
+    place.write(*ROWS)
+    tokens = place.cache / "tokens"
+    command = [sys.executable, "-c", SLOW_BUILD, str(place.cache)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"reading\n"
+        one = place.read()
+        (building,) = tokens.glob(".building-*")
+        assert (building / "train/tokens.bin").exists()
+        other.kill()
+    two = place.read(deduplicate=False)
+    names = sorted(folder.name for folder in tokens.iterdir())
+    assert names == sorted([one.fingerprint, two.fingerprint])
+
+
+def test_a_corpus_that_this_machine_does_not_see_is_an_error(tmp_path, encoder):
+    with pytest.raises(DataError) as error:
+        open_corpus(tmp_path / "abc", encoder, True)
+    assert str(error.value) == (
+        f"{tmp_path / 'abc'}: the tokenised corpus is not to be seen from {socket.gethostname()}; "
+        "--cache_dir must be a folder that all machines of the run share"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("report.json", 20),
+        ("train/tokens.bin", 0),
+        ("train/tokens.bin", 7),
+        ("train/tokens.bin", 8),
+        ("train/offsets.npy", 0),
+        ("train/offsets.npy", 200),
+        ("train/target_bytes.npy", 60),
+    ],
+)
+def test_a_corpus_that_was_cut_short_is_an_error_and_says_what_to_do(place, name, size):
+    place.write(*ROWS)
+    folder = place.cache / "tokens" / place.read().fingerprint
+    os.truncate(folder / name, size)
+    with pytest.raises(DataError) as error:
+        place.read()
+    assert str(error.value).startswith(f"{folder}: the tokenised corpus is damaged: ")
+    assert str(error.value).endswith("; delete this folder, and the same command tokenises it anew")
 
 
 def test_arrays_of_a_store_are_mapped_and_not_read(tmp_path, corpus_dir, encoder):

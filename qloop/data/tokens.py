@@ -1,10 +1,12 @@
 """The token store: documents tokenised once, flat, memory-mapped, found again by their content.
 
     tokens.bin         every document's tokens, one after another (uint16, or uint32 for large
-    vocabularies) offsets.npy        document d is tokens[offsets[d] : offsets[d + 1]]; it ends with
-    the end token first_targets.npy  index in document d of the first token that is learned: 1, or
-    the completion's first target_bytes.npy   UTF-8 bytes of the text that document d's targets
-    spell places.jsonl       where document d came from, and its SHA-256
+                       vocabularies)
+    offsets.npy        document d is tokens[offsets[d] : offsets[d + 1]]; it ends with the end token
+    first_targets.npy  index in document d of the first token that is learned: 1, or the
+                       completion's first
+    target_bytes.npy   UTF-8 bytes of the text that document d's targets spell
+    places.jsonl       where document d came from, and its SHA-256
 
 A corpus is two such stores, `train` and `held_out`, and `report.json`, in a folder named by the
 hash of all that decides its content: the sources' bytes, the tokenizer, the settings. An edited
@@ -18,6 +20,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import uuid
 from array import array
 from collections import Counter
@@ -36,6 +39,8 @@ from qloop.errors import DataError
 FORMAT = 1
 _CHUNK = 256
 """Documents tokenised in one call."""
+_LOCK = "in-use.lock"
+"""In a folder that is being built; its builder holds it."""
 
 
 class Encoder(NamedTuple):
@@ -180,6 +185,8 @@ def build_corpus(
             holds_out = held_out is not None or held_out_share > 0
             report = _build(sides, encoder, building, train_on_prompt, deduplicate, holds_out)
             (building / "report.json").write_text(json.dumps(report), encoding="utf-8")
+            _sync(building)
+            (building / _LOCK).unlink()
             try:
                 building.rename(folder)
             except OSError:
@@ -189,42 +196,65 @@ def build_corpus(
 
 
 def open_corpus(folder: Path, encoder: Encoder, was_cached: bool) -> Corpus:
-    """Maps the stores of a corpus; nothing but the report is read."""
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    return Corpus(
-        train=_open_store(folder / "train", encoder),
-        held_out=_open_store(folder / "held_out", encoder) if report["held_out"] else None,
-        report=report,
-        fingerprint=folder.name,
-        was_cached=was_cached,
-    )
+    """Maps the stores of a corpus; nothing but the report is read.
+
+    Raises:
+        DataError: The folder is not there, or its files are damaged.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: the tokenised corpus is not to be seen from {socket.gethostname()}; "
+            "--cache_dir must be a folder that all machines of the run share"
+        )
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        return Corpus(
+            train=_open_store(folder / "train", encoder),
+            held_out=_open_store(folder / "held_out", encoder) if report["held_out"] else None,
+            report=report,
+            fingerprint=folder.name,
+            was_cached=was_cached,
+        )
+    except (FileNotFoundError, ValueError, EOFError, KeyError) as error:
+        raise DataError(
+            f"{folder}: the tokenised corpus is damaged: {error}; delete this folder, and the same "
+            "command tokenises it anew"
+        ) from error
 
 
 @contextlib.contextmanager
 def _in_use(building: Path) -> Iterator[None]:
     """Makes a folder that is locked as long as this process is at work in it, and then gone."""
     building.mkdir(parents=True)
-    descriptor = os.open(building, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        # A file that is open for writing: NFS locks such on all machines, a folder on one only.
+        with (building / _LOCK).open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
     finally:
         shutil.rmtree(building, ignore_errors=True)
-        os.close(descriptor)
+
+
+def _sync(folder: Path) -> None:
+    """Returns when all of it is on the disk, so that no loss of power leaves its name to half."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _delete_leftovers(folder: Path) -> None:
     """Deletes what a process that was killed while tokenising has left."""
     for building in folder.glob(".building-*"):
         with contextlib.suppress(OSError):  # in use, or gone by now
-            descriptor = os.open(building, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                # An empty one may have been made this moment, and be locked the next.
-                if any(building.iterdir()):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(building)
-            finally:
-                os.close(descriptor)
+            with (building / _LOCK).open("r+") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # One that was made this moment is not locked yet, but has nothing else in it.
+                is_leftover = len(list(building.iterdir())) > 1
+            if is_leftover:
+                shutil.rmtree(building)
 
 
 def is_held_out(content_hash: bytes, share: float) -> bool:
@@ -278,7 +308,8 @@ def _build(
         elif deduplicate and item.content_hash in seen[side]:
             ledger.duplicates += 1
         else:
-            seen[side].add(item.content_hash)
+            if deduplicate or side == "held_out":
+                seen[side].add(item.content_hash)
             writers[side].add(item)
     report: dict[str, Any] = {}
     for side, writer in writers.items():
@@ -378,6 +409,8 @@ def _open_store(folder: Path, encoder: Encoder) -> TokenStore:
         tokens: npt.NDArray[Any] = np.empty(0, dtype=_dtype(encoder))
     else:
         tokens = np.memmap(folder / "tokens.bin", dtype=_dtype(encoder), mode="r")
+    if len(tokens) != offsets[-1]:
+        raise ValueError(f"{folder.name} holds {len(tokens)} tokens, of {offsets[-1]}")
     return TokenStore(tokens, offsets, first_targets, target_bytes, encoder.end_id)
 
 
