@@ -149,15 +149,17 @@ def test_one_packs_while_the_others_wait_and_a_killed_one_lets_go(tmp_path, stor
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as packing:
-        assert packing.stdout.readline() == b"locked\n"
-        found: list[BlockIndex] = []
-        waiting = threading.Thread(
-            target=lambda: found.append(load_index(tmp_path, store, "best_fit", 16))
-        )
-        waiting.start()
-        waiting.join(0.5)
-        assert found == []
-        packing.kill()
+        try:
+            assert packing.stdout.readline() == b"locked\n"
+            found: list[BlockIndex] = []
+            waiting = threading.Thread(
+                target=lambda: found.append(load_index(tmp_path, store, "best_fit", 16))
+            )
+            waiting.start()
+            waiting.join(0.5)
+            assert found == []
+        finally:
+            packing.kill()
         waiting.join(60)
     assert same(found[0], PACKINGS["best_fit"](store.positions, 16))
 

@@ -875,11 +875,13 @@ def test_what_a_process_is_building_is_left_alone_until_it_is_killed(place):
     tokens = place.cache / "tokens"
     command = [sys.executable, "-c", SLOW_BUILD, str(place.cache)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"reading\n"
-        one = place.read()
-        (building,) = tokens.glob(".building-*")
-        assert (building / "train/tokens.bin").exists()
-        other.kill()
+        try:
+            assert other.stdout.readline() == b"reading\n"
+            one = place.read()
+            (building,) = tokens.glob(".building-*")
+            assert (building / "train/tokens.bin").exists()
+        finally:
+            other.kill()
     two = place.read(deduplicate=False)
     names = sorted(folder.name for folder in tokens.iterdir())
     assert names == sorted([one.fingerprint, two.fingerprint])

@@ -4,11 +4,13 @@ python tests/benchmarks/scale.py            10 million documents; stores of 10 M
 python tests/benchmarks/scale.py --short    a million documents; stores of 10 MB and 1 GB
 
 Token files are synthetic, with document lengths as of code (log-normal, 1,000 tokens on average);
-every figure is taken in a process of its own. Memory is told apart: `private` cannot be given back
-(RssAnon), `mapped` are pages of the files that the system drops when it needs the room (RssFile).
+every figure is taken in a process of its own. Memory is told apart: what is private cannot be given
+back (RssAnon, its peak over all micro-batches); what is mapped are pages of the files, which all
+processes share, and which the system drops when it needs the room (RssFile).
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
@@ -25,7 +27,7 @@ from qloop.data.packing import Integers
 from qloop.data.tokens import TokenStore
 
 BLOCK_LENGTH = 2048
-MICRO_BATCHES = 2000
+MICRO_BATCHES = 5000
 ARRAYS = ("offsets", "first_targets", "target_bytes")
 
 
@@ -73,20 +75,36 @@ def measure_open(folder: Path, packing: str) -> dict:
 
 def measure_training(folder: Path, packing: str) -> dict:
     """Reads micro-batches all over the corpus, as many steps of training do."""
+    before = read_memory()["private"]
     started = time.perf_counter()
     store = open_store(folder)
     index = load_index(folder, store, packing, BLOCK_LENGTH)
     first = time.perf_counter()
-    positions = 0
+    positions, private = 0, 0.0
     for number in range(MICRO_BATCHES):
-        seen = number * (len(index) // MICRO_BATCHES)
+        seen = number * len(index) // MICRO_BATCHES
         micro_batch = build_micro_batch(store, index, block_ids_at(seen, 1, len(index), 42))
         positions += micro_batch.input_ids.numel()
+        private = max(private, read_memory()["private"])
     seconds = time.perf_counter() - first
-    return {"open": first - started, "positions_per_second": positions / seconds, **read_memory()}
+    return {
+        "open": first - started,
+        "blocks": len(index),
+        "before": before,
+        "positions_per_second": positions / seconds,
+        **read_memory(),
+        "private": private,
+    }
 
 
-MEASURES = {"open": measure_open, "training": measure_training}
+def measure_hashes(folder: Path, packing: str) -> dict:
+    """Holds the hashes of a million documents, as tokenising does to know a copy."""
+    before = read_memory()["private"]
+    seen = {hashlib.sha256(number.to_bytes(8, "big")).digest() for number in range(1_000_000)}
+    return {"bytes": (read_memory()["private"] - before) * 1e9 / len(seen)}
+
+
+MEASURES = {"open": measure_open, "training": measure_training, "hashes": measure_hashes}
 
 
 def measure(what: str, folder: Path, packing: str) -> dict:
@@ -113,20 +131,23 @@ def report_packing(folder: Path, num_documents: int) -> None:
             flush=True,
         )
     shutil.rmtree(folder)
+    per_document = measure("hashes", folder, "")["bytes"]
+    print(f"\nWhile tokenising, {per_document:.0f} bytes a document to know copies by.")
 
 
 def report_memory(folder: Path, sizes: list[float]) -> None:
     print(f"\n{MICRO_BATCHES:,} micro-batches of {BLOCK_LENGTH} tokens, spread over the corpus:\n")
-    print("| tokens on disk | documents | opened in | private | mapped | positions a second |")
-    print("|---|---|---|---|---|---|")
+    columns = "documents | blocks | opened in | private before | private, peak | mapped"
+    print(f"| tokens on disk | {columns} | positions a second |")
+    print("|---|---|---|---|---|---|---|---|")
     for gigabytes in sizes:
         lengths = draw_lengths(int(gigabytes * 1e9 / 4 / 991))
         write_store(folder, lengths, with_tokens=True)
         measure("open", folder, "best_fit")  # packs
         found = measure("training", folder, "best_fit")
         print(
-            f"| {gigabytes:g} GB | {len(lengths):,} | {found['open']:.2f} s "
-            f"| {found['private']:.3f} GB | {found['mapped']:.2f} GB "
+            f"| {gigabytes:g} GB | {len(lengths):,} | {found['blocks']:,} | {found['open']:.2f} s "
+            f"| {found['before']:.3f} GB | {found['private']:.3f} GB | {found['mapped']:.2f} GB "
             f"| {found['positions_per_second']:,.0f} |",
             flush=True,
         )
