@@ -49,7 +49,7 @@ class Peer(NamedTuple):
 
 
 class PeerWatch:
-    """Watches the other processes of a run from `start` to `stop`."""
+    """Watches the other processes of a run, until `stop`."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         """Learns who they are; every rank calls."""
@@ -82,10 +82,13 @@ class PeerWatch:
         self._stopped.set()
 
     def explain(self, error: BaseException) -> BaseException:
-        """Gives a PeerError for what a collective raises when a peer is gone, else the error."""
-        if isinstance(error, RuntimeError) and not (self._is_alone or self._stopped.is_set()):
-            self._found.wait(2 * _POLL_SECONDS)
-        return PeerError(self._dead) if self._found.is_set() else error
+        """Gives a PeerError for what a collective raises when a peer is gone, else the error.
+
+        What ends all ranks alike stays what it is, though some may have left before.
+        """
+        if not isinstance(error, RuntimeError) or self._is_alone or self._stopped.is_set():
+            return error
+        return PeerError(self._dead) if self._found.wait(2 * _POLL_SECONDS) else error
 
     def _watch(self) -> None:
         store = self._connect() if len(self._machines) > 1 else None

@@ -181,7 +181,14 @@ class CheckpointManager:
             return self._write(unfinished, tensors, texts if self._is_main else {})
 
         self._save = _Save(
-            unfinished, progress.step, loss, held_out_loss, started, behind, _run(write, behind)
+            unfinished=unfinished,
+            step=progress.step,
+            loss=loss,
+            held_out_loss=held_out_loss,
+            started=started,
+            behind=behind,
+            is_by_main_alone=not any(share.index_file for share in shares),
+            writing=_run(write, behind),
         )
         self.stood_still_seconds = time.perf_counter() - started
         if not behind:
@@ -259,17 +266,15 @@ class CheckpointManager:
     def close(self) -> None:
         """Lets a save behind the loop end, when the run ends by an error; asks no other rank.
 
-        One rank alone commits it; of several, none knows whether the others have written.
+        What the main rank has written alone it commits; of parts, none knows of the others'.
         """
         save, self._save = self._save, None
-        if save is None:
+        if save is None or not self._is_main:
             return
-        if save.committing is None and self._accelerator.num_processes == 1:
+        if save.committing is None and save.is_by_main_alone and not save.writing.exception():
             written = save.writing.result()
             if not written.refused:
                 save.committing = _run(lambda: self._commit(save, written.files), behind=False)
-        if not self._is_main:
-            return
         if save.committing is None:
             self._say(f"{self._store.folder}: the last save was not finished")
         elif error := save.committing.exception():
@@ -471,6 +476,7 @@ class _Save:
     held_out_loss: float | None
     started: float
     behind: bool
+    is_by_main_alone: bool
     writing: "Future[_Written]"
     committing: "Future[_Committed] | None" = None
     """Set when all ranks have written; on ranks other than the main one it never ends."""

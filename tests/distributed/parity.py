@@ -45,6 +45,7 @@ class References:
         return Run(
             self.workspace, name, method,
             train_file=self._corpus, max_steps=STEPS, max_grad_norm=MAX_GRAD_NORM, eval_steps=10,
+            num_samples=1, sample_tokens=8,
         )  # fmt: skip
 
     def get(self, method: str) -> Run:
@@ -60,6 +61,7 @@ def compare(references: References, method: str, engine: str) -> Parity:
     run = references.make(f"parity-{method}-{engine}".replace(" ", "-"), method)
     # As people train; the one process does without it, so that its hooks are compared too.
     run.start(Setting(engine, 2), gradient_checkpointing="true")
+    assert (run.folder / "results/samples.md").exists(), "every rank takes part in sampling"
     ours, theirs = run.read_metrics(), reference.read_metrics()
     assert len(theirs) == STEPS
     held_out = run.read_held_out(), reference.read_held_out()
