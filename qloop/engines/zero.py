@@ -114,10 +114,11 @@ class ZeroEngine(Engine):
         """Finds the parameter, or the buffer, behind each tensor that is saved."""
         # Of a sharded parameter there is no tensor to rename; one without values stands for it.
         parameters = dict(self.plain.named_parameters(remove_duplicate=False))
-        stand_ins = {
-            name: torch.empty(_whole_shape(parameter), device="meta")
-            for name, parameter in parameters.items()
+        by_parameter = {
+            id(parameter): torch.empty(_whole_shape(parameter), device="meta")
+            for parameter in parameters.values()
         }
+        stand_ins = {name: by_parameter[id(parameter)] for name, parameter in parameters.items()}
         buffers = {name: b for name, b in self.plain.state_dict().items() if name not in stand_ins}
         stem, weights = collect_weights(self.plain, {**stand_ins, **buffers})
         behind = {id(stand_ins[name]): parameter for name, parameter in parameters.items()}
