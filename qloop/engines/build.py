@@ -1,11 +1,16 @@
 """Builds the accelerator that the launcher asks for, and the engine of model and optimizer."""
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -39,6 +44,8 @@ def build_accelerator(config: Config) -> Accelerator:
             # Sharded at every micro-batch: between two, each rank would hold the whole gradient.
             sync_each_batch=_asks_for("FSDP"),
         ),
+        # The others wait while the main rank tokenises; a dead one is noticed by qloop.peers.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
     )
     kind = accelerator.distributed_type
     asked = next((engine for engine in ("FSDP", "DEEPSPEED") if _asks_for(engine)), None)

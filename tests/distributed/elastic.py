@@ -4,7 +4,7 @@ import shutil
 from typing import NamedTuple
 
 from launching import ONE, STEP_BLOCKS, Run, Setting, largest_difference
-from workspace import Workspace
+from workspace import Workspace, write_model_config
 
 HALF, STEPS = 4, 8
 LIMIT = 1e-5
@@ -82,4 +82,8 @@ class Elastic:
         return Run(
             self.workspace, name, self.method,
             max_steps=STEPS, save_steps=HALF, share_above_gb=0,
+            # As in the smaller models of Qwen2.5; the other suites have two matrices there.
+            model_config_file=write_model_config(
+                self.workspace.folder / "tied", tie_word_embeddings=True
+            ),
         )  # fmt: skip
