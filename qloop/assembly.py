@@ -128,18 +128,9 @@ def _assemble(
 ) -> Assembly:
     store = CheckpointStore(run.checkpoints, FileSystem(), lock.check)
 
-    def choose() -> Checkpoint | None:
-        told: list[str] = []
-        try:
-            run.refuse_another(config)
-            return choose_checkpoint(config, store, told.append)
-        except QloopError as error:  # what was moved aside is told in any case
-            raise type(error)("\n".join([*told, str(error)])) from error
-        finally:
-            notes.extend(told)
-
-    checkpoint = on_main(accelerator, choose)
+    checkpoint = on_main(accelerator, lambda: _choose(config, run, store, notes))
     progress = checkpoint.progress if checkpoint else Progress()
+    step = divide_step(config, accelerator.num_processes, checkpoint)
 
     sources: list[Source | None] = []  # on the main rank, which alone reads the corpus
     on_main(accelerator, lambda: sources.extend(find_sources(config.data)))
@@ -148,7 +139,6 @@ def _assemble(
     model_config = load_model_config(config.model)
     check_sizes(model_config, encoder.vocabulary_size, config.data.max_seq_length)
     corpus, index, held_out = _load_data(config, sources, encoder, accelerator)
-    step = divide_step(config, accelerator.num_processes, checkpoint)
     last_step = count_steps(config, len(index), step.blocks, progress)
 
     precision = choose_precision(config.model.precision, accelerator.device)
@@ -211,6 +201,20 @@ def _assemble(
         config, run, lock, accelerator, peers, tokenizer, corpus.train, index, held_out,
         engine.model, engine, step, progress, checkpoints, report, last_step,
     )  # fmt: skip
+
+
+def _choose(
+    config: Config, run: RunDirectory, store: CheckpointStore, notes: list[str]
+) -> Checkpoint | None:
+    """Makes sure that the folder is this run's, and finds what it goes on from."""
+    told: list[str] = []
+    try:
+        run.refuse_another(config)
+        return choose_checkpoint(config, store, told.append)
+    except QloopError as error:  # what was moved aside is told in any case
+        raise type(error)("\n".join([*told, str(error)])) from error
+    finally:
+        notes.extend(told)
 
 
 def _load_data(
