@@ -12,12 +12,8 @@ from accelerate.utils import DistributedType
 from transformers import PreTrainedTokenizerBase
 
 from qloop.checkpoint.filesystem import FileSystem
-from qloop.checkpoint.manager import (
-    Checkpoint,
-    CheckpointManager,
-    Origins,
-    restore,
-)
+from qloop.checkpoint.manager import CheckpointManager
+from qloop.checkpoint.reading import Checkpoint, Origins, restore
 from qloop.checkpoint.store import CheckpointStore
 from qloop.config import Config, ModelConfig
 from qloop.data.indexes import load_index

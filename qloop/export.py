@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from qloop.checkpoint.filesystem import FileSystem
-from qloop.checkpoint.manager import Checkpoint, read_checkpoint
+from qloop.checkpoint.reading import Checkpoint, read_checkpoint
 from qloop.checkpoint.store import COMMIT, MANIFEST, CheckpointStore, DamagedError, show_bytes
 from qloop.checkpoint.tensors import (
     INDEX,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qloop.checkpoint.filesystem import FileSystem
-from qloop.checkpoint.manager import Checkpoint, Origins, read_checkpoint
+from qloop.checkpoint.reading import Checkpoint, Origins, read_checkpoint
 from qloop.checkpoint.store import CheckpointStore, DamagedError, Kept
 from qloop.config import Config, find_changes
 from qloop.errors import CheckpointError, ConfigError, join_names

@@ -14,12 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from qloop.assembly import Assembly, assemble
 from qloop.checkpoint.filesystem import FileSystem
-from qloop.checkpoint.manager import (
-    CheckpointManager,
-    count_free_memory,
-    read_checkpoint,
-    restore,
-)
+from qloop.checkpoint.manager import CheckpointManager, count_free_memory
+from qloop.checkpoint.reading import read_checkpoint, restore
 from qloop.checkpoint.store import CheckpointStore, DamagedError
 from qloop.checkpoint.tensors import (
     Kind,

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "qloop.export": {
         "qloop.checkpoint.filesystem",
-        "qloop.checkpoint.manager",
+        "qloop.checkpoint.reading",
         "qloop.checkpoint.store",
         "qloop.checkpoint.tensors",
         "qloop.config",
@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "qloop.assembly": {
         "qloop.checkpoint.filesystem",
         "qloop.checkpoint.manager",
+        "qloop.checkpoint.reading",
         "qloop.checkpoint.store",
         "qloop.config",
         "qloop.data.indexes",
@@ -75,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # What a run goes on from: the one part that compares whole configs.
     "qloop.resume": {
         "qloop.checkpoint.filesystem",
-        "qloop.checkpoint.manager",
+        "qloop.checkpoint.reading",
         "qloop.checkpoint.store",
         "qloop.config",
         "qloop.errors",
@@ -110,9 +111,18 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.model.loss",
     },
     "qloop.checkpoint.manager": {
+        "qloop.checkpoint.reading",
+        "qloop.checkpoint.shares",
         "qloop.checkpoint.store",
         "qloop.checkpoint.tensors",
         "qloop.config",
+        "qloop.engines.engine",
+        "qloop.errors",
+        "qloop.progress",
+    },
+    "qloop.checkpoint.shares": {"qloop.checkpoint.tensors"},
+    "qloop.checkpoint.reading": {
+        "qloop.checkpoint.tensors",
         "qloop.engines.engine",
         "qloop.errors",
         "qloop.progress",

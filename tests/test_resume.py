@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qloop.checkpoint.manager import Checkpoint, Origins
+from qloop.checkpoint.reading import Checkpoint, Origins
 from qloop.config import Config, load_config
 from qloop.data.batches import block_ids_at
 from qloop.errors import CheckpointError, ConfigError

@@ -35,19 +35,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from qloop.checkpoint.reading import MOMENTS, PROGRESS, Origins
+from qloop.checkpoint.shares import Share, share_of
 from qloop.checkpoint.store import CheckpointStore, File, Kept, show_bytes
 from qloop.checkpoint.tensors import (
     INDEX,
     HostCopies,
-    Kind,
-    Piece,
-    SavedTensors,
-    align,
-    deal_out,
     encode_tensors,
     gather_mine,
-    index_of,
-    name_parts,
 )
 from qloop.config import CheckpointConfig
 from qloop.engines.engine import Engine
@@ -56,33 +51,10 @@ from qloop.progress import Progress
 
 T = TypeVar("T")
 
-MOMENTS = "optimizer"  # the stem of their files
-PROGRESS = "progress.json"
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors")
 
 # What the ranks tell each other of a commit; the main one knows, the others add nothing.
 _RUNNING, _COMMITTED, _REFUSED, _FENCED, _CRASHED = 0, 1, 2, 3, 4
-
-
-@dataclass(frozen=True)
-class Origins:
-    """What a run was made of; a run goes on only with the same."""
-
-    config: dict[str, Any]
-    """The config, by section."""
-    fingerprints: dict[str, str]
-    """Of the corpus, the tokenizer and the frozen base."""
-    step_blocks: int
-    """Blocks that a step reads, over all ranks."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A step directory and what its progress.json says."""
-
-    path: Path
-    progress: Progress
-    origins: Origins
 
 
 class _Committed(NamedTuple):
@@ -306,7 +278,7 @@ class CheckpointManager:
     def _is_main(self) -> bool:
         return bool(self._accelerator.is_main_process)
 
-    def _deal_out(self, engine: Engine) -> list["_Share"]:
+    def _deal_out(self, engine: Engine) -> list["Share"]:
         """Decides who writes what: the main rank all, or each rank its part where that is much."""
         stem, weights = engine.collect_weights()
         groups = {stem: weights, MOMENTS: engine.collect_moments()}
@@ -314,9 +286,9 @@ class CheckpointManager:
         is_large = size > self._settings.share_above_gb * 1e9
         writers = self._accelerator.num_processes if is_large else 1
         rank = self._accelerator.process_index
-        return [_share_of(rank, writers, name, pieces) for name, pieces in groups.items()]
+        return [share_of(rank, writers, name, pieces) for name, pieces in groups.items()]
 
-    def _fits_in_memory(self, shares: list["_Share"]) -> bool:
+    def _fits_in_memory(self, shares: list["Share"]) -> bool:
         """Whether every rank has the memory for a copy of what it writes."""
         size = sum(kind.nbytes for share in shares for kind in share.mine.values())
         # Copies of an earlier save are written over; the ranks of one machine share its memory.
@@ -422,47 +394,8 @@ def count_free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return free
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads what a step directory says of itself; it was verified before.
-
-    Raises:
-        CheckpointError: It is no checkpoint of qloop.
-    """
-    try:
-        content = json.loads((path / PROGRESS).read_bytes())
-        counters = {field.name: content[field.name] for field in dataclasses.fields(Progress)}
-        origins = {field.name: content[field.name] for field in dataclasses.fields(Origins)}
-        return Checkpoint(path, Progress(**counters), Origins(**origins))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: no checkpoint to go on from: {PROGRESS}: {error}; give a checkpoint-N folder"
-        ) from error
-
-
-def restore(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Puts the saved state into an engine whose model was built from the same checkpoint.
-
-    Raises:
-        CheckpointError: The names, types or shapes are not those of this model; nothing was put.
-    """
-    stem, _ = engine.collect_weights()
-    engine.restore(SavedTensors(checkpoint.path, stem), SavedTensors(checkpoint.path, MOMENTS))
-
-
-class _Share(NamedTuple):
-    """What a rank writes of the weights, or of the moments."""
-
-    stem: str
-    file: str
-    pieces: dict[str, Piece]
-    """All, in the order in which they are gathered."""
-    mine: dict[str, Kind]
-    index_file: bytes
-    """Which tensor is in which file, as transformers reads it; empty where there is one file."""
-
-
 class _Tensors(NamedTuple):
-    share: _Share
+    share: Share
     tensors: Iterable[torch.Tensor]
 
 
@@ -480,17 +413,6 @@ class _Save:
     writing: "Future[_Written]"
     committing: "Future[_Committed] | None" = None
     """Set when all ranks have written; on ranks other than the main one it never ends."""
-
-
-def _share_of(rank: int, writers: int, stem: str, pieces: Mapping[str, Piece]) -> _Share:
-    kinds = align({name: piece.kind for name, piece in pieces.items()})
-    ordered = {name: pieces[name] for name in kinds}
-    if writers == 1:
-        mine = kinds if rank == 0 else {}
-        return _Share(stem, f"{stem}.safetensors", ordered, mine, b"")
-    parts = dict(zip(name_parts(stem, writers), deal_out(kinds, writers), strict=True))
-    file = list(parts)[rank]
-    return _Share(stem, file, ordered, parts[file], index_of(parts))
 
 
 def _on_main(accelerator: Accelerator, function: Callable[[], Path]) -> tuple[Path | None, str]:

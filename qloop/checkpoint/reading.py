@@ -1,0 +1,64 @@
+"""What a checkpoint says of itself, and how its tensors come back into an engine."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qloop.checkpoint.tensors import SavedTensors
+from qloop.engines.engine import Engine
+from qloop.errors import CheckpointError
+from qloop.progress import Progress
+
+MOMENTS = "optimizer"
+"""Stem of the files with the optimizer's tensors, each under its parameter's name and its own."""
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Origins:
+    """What a run was made of; a run goes on only with the same."""
+
+    config: dict[str, Any]
+    """The config, by section."""
+    fingerprints: dict[str, str]
+    """Of the corpus, the tokenizer and the frozen base."""
+    step_blocks: int
+    """Blocks that a step reads, over all ranks."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A step directory and what its progress.json says."""
+
+    path: Path
+    progress: Progress
+    origins: Origins
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads what a step directory says of itself; it was verified before.
+
+    Raises:
+        CheckpointError: It is no checkpoint of qloop.
+    """
+    try:
+        content = json.loads((path / PROGRESS).read_bytes())
+        counters = {field.name: content[field.name] for field in dataclasses.fields(Progress)}
+        origins = {field.name: content[field.name] for field in dataclasses.fields(Origins)}
+        return Checkpoint(path, Progress(**counters), Origins(**origins))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: no checkpoint to go on from: {PROGRESS}: {error}; give a checkpoint-N folder"
+        ) from error
+
+
+def restore(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Puts the saved state into an engine whose model was built from the same checkpoint.
+
+    Raises:
+        CheckpointError: The names, types or shapes are not those of this model; nothing was put.
+    """
+    stem, _ = engine.collect_weights()
+    engine.restore(SavedTensors(checkpoint.path, stem), SavedTensors(checkpoint.path, MOMENTS))
