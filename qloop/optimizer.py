@@ -55,9 +55,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def measure_grad_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    """Gives the L2 norm over all gradients, changing none; NaN or inf if any value is."""
+    """Gives the L2 norm over all gradients, changing none; NaN or inf if any value is.
+
+    Squares are summed in fp64: summed in fp32 by a CPU, the norm of a large embedding's gradient
+    is half a thousandth off, and by something else where it is cut over ranks.
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms)).float()
+    return norm
 
 
 def clip_gradients(

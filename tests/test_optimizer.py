@@ -272,3 +272,16 @@ def test_gradients_of_zero_stay_zero():
     parameters = parameters_with([[0.0, 0.0]])
     clip_gradients(parameters, 1.0, measure_grad_norm(parameters))
     assert parameters[0].grad.tolist() == [0.0, 0.0]
+
+
+def test_the_norm_of_a_large_gradient_of_few_large_values_is_exact():
+    """As of an embedding: a few frequent tokens, and many rows of next to nothing."""
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(8192, 256, generator=generator) * 1e-3
+    gradient[:8] *= 3000
+    (parameter,) = parameters_with([[0.0]])
+    parameter.data = torch.zeros_like(gradient)
+    parameter.grad = gradient
+    measured = measure_grad_norm([parameter]).item()
+    assert measured == pytest.approx(gradient.double().norm().item(), rel=1e-7)
+    assert measured != pytest.approx(torch.linalg.vector_norm(gradient).item(), rel=1e-7)
