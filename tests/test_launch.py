@@ -166,6 +166,7 @@ def test_accelerate_reads_its_config_files_and_knows_every_key(name):
     found = (config.distributed_type.value, config.num_processes, config.num_machines)
     assert found == CONFIG_FILES[name]
     assert config.mixed_precision == "no", "qloop's own key decides"
+    assert read_as_accelerate(name).dynamo_backend == "no"
 
 
 @pytest.mark.parametrize("name", CONFIG_FILES)
@@ -173,12 +174,18 @@ def test_a_flag_replaces_the_number_of_processes_of_a_config_file(name):
     assert read_as_accelerate(name, "--num_processes", "4").num_processes == 4
 
 
-@pytest.mark.parametrize("name", ["fsdp2.yaml", "fsdp2_qlora.yaml", "multi_node.yaml"])
-def test_sharding_is_by_the_second_version_of_fsdp(name):
+@pytest.mark.parametrize(
+    ("name", "one_process_reads"),
+    [("fsdp2.yaml", True), ("fsdp2_qlora.yaml", False), ("multi_node.yaml", True)],
+)
+def test_sharding_is_by_the_second_version_of_fsdp(name, one_process_reads):
     parsed = read_as_accelerate(name)
     assert parsed.use_fsdp
     assert str(parsed.fsdp_version) == "2"
     assert parsed.fsdp_auto_wrap_policy == "TRANSFORMER_BASED_WRAP"
+    assert parsed.fsdp_reshard_after_forward is True
+    assert parsed.fsdp_cpu_ram_efficient_loading is one_process_reads
+    assert parsed.fsdp_activation_checkpointing is False, "qloop's own key decides"
 
 
 @pytest.mark.parametrize(
@@ -225,10 +232,36 @@ def test_scripts_are_valid_bash(name):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("word", ["--output_dir", "--experiment_name=q-7b"])
+def test_the_slurm_job_refuses_a_folder_in_which_it_would_not_look_for_the_status(word):
+    done = subprocess.run(
+        ["bash", LAUNCH / "slurm.sbatch", "--max_steps", "5", word, "other"],
+        env={**os.environ, "SLURM_JOB_NAME": "qloop"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 78
+    assert done.stderr.endswith(f"{word}: set OUTPUT_DIR or EXPERIMENT before sbatch instead\n")
+
+
+def test_slurm_signals_the_launchers_and_leaves_them_as_long_as_they_wait():
+    """Not the script ("B:"): it could only pass the signal to srun, which kills its tasks then."""
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("#SBATCH --signal=")]
+    name, seconds = line.removeprefix("#SBATCH --signal=").split("@")
+    assert name == "TERM"
+    waited = text.split("{TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-")[1].split("}")[0]
+    assert 30 < int(waited) < int(seconds)
+
+
 def test_the_kubernetes_job_has_time_to_save_and_storage_that_all_pods_share():
     runtime, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
     assert job["kind"] == "TrainJob"
+    assert {runtime["apiVersion"], job["apiVersion"]} == {"trainer.kubeflow.org/v1alpha1"}
     assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    # Without a trainer in the job, Kubeflow sets none of the variables that the command reads.
+    assert job["spec"]["trainer"]["numNodes"] == runtime["spec"]["mlPolicy"]["numNodes"]
     (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     pod = node["template"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]

@@ -23,27 +23,49 @@ def workspace(tmp_path_factory) -> Workspace:
     return Workspace(tmp_path_factory.mktemp("jobs") / "workspace")
 
 
+# Each node's launcher is a process of this machine. As with Slurm's own srun, SIGTERM to srun is
+# SIGKILL to what it runs.
+SRUN = """
+while [[ $1 == --*=* ]]; do shift; done
+set -m
+for ((node = 0; node < SLURM_NNODES; node++)); do
+    SLURM_NODEID=$node "$@" &
+    launchers+=($!)
+done
+trap 'for launcher in "${launchers[@]}"; do kill -KILL -- -$launcher; done' TERM
+echo "${launchers[@]}" > "$HERE/launchers"
+code=0
+for launcher in "${launchers[@]}"; do wait "$launcher" || code=$?; done
+exit "$code"
+"""
+SCONTROL = """
+[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> "$HERE/asked"
+"""
+
+
 @pytest.fixture
 def environment(tmp_path) -> dict[str, str]:
-    """With the Slurm of one node: srun runs what it is given, scontrol writes what it is asked."""
-    commands = {
-        "srun": 'while [[ $1 == --* ]]; do [[ $1 == *=* ]] || shift; shift; done\nexec "$@"',
-        "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/asked',
-    }
+    """With the Slurm of one node; scontrol writes what it is asked."""
     (tmp_path / "bin").mkdir()
-    for name, body in commands.items():
+    for name, body in {"srun": SRUN, "scontrol": SCONTROL}.items():
         file = tmp_path / "bin" / name
-        file.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        file.write_text(f"#!/usr/bin/env bash\n{body}")
         file.chmod(0o755)
-    slurm = {"NNODES": "1", "NODEID": "0", "JOB_ID": "4242", "JOB_NODELIST": "n1", "JOB_NAME": "q"}
+    job_id = str(os.getpid())  # the port follows from it
+    slurm = {"NNODES": "1", "JOB_ID": job_id, "JOB_NODELIST": "n[1-2]", "JOB_NAME": "q"}
     return {
-        **os.environ,
+        **with_commands_of_this_python(),
         **{f"SLURM_{name}": value for name, value in slurm.items()},
         "SLURM_GPUS_ON_NODE": "2",
         "LAUNCH": str(TWO),
+        "HERE": str(tmp_path),
         "PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
     }
+
+
+def with_commands_of_this_python() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
 
 
 def flags_of(run: Run, *left_out: str, **keys) -> list[str]:
@@ -64,35 +86,62 @@ def start_slurm(run: Run, environment: dict[str, str]) -> subprocess.Popen:
     )
 
 
-def test_a_slurm_job_runs_to_its_end(workspace, environment, tmp_path):
-    run = Run(workspace, "slurm", max_steps=6)
-    outcome = run.wait(start_slurm(run, environment))
+def signal_launchers(environment: dict[str, str]) -> None:
+    """Does what Slurm does to the tasks of a job when its time is up, or another preempts it."""
+    for launcher in Path(environment["HERE"], "launchers").read_text().split():
+        os.kill(int(launcher), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_slurm_job_runs_to_its_end(workspace, environment, tmp_path, nodes):
+    run = Run(workspace, f"slurm-{nodes}", max_steps=6)
+    slurm = {"SLURM_NNODES": str(nodes), "SLURM_GPUS_ON_NODE": str(2 // nodes)}
+    outcome = run.wait(start_slurm(run, {**environment, **slurm}))
     assert outcome.code == 0, outcome.text
     assert failures.read_status(run)["state"] == "finished"
     assert run.read_progress()["num_processes"] == 2
+    assert len((tmp_path / "launchers").read_text().split()) == nodes
     assert not (tmp_path / "asked").exists(), "nothing to put back into the queue"
 
 
 def test_a_slurm_job_that_is_stopped_saves_and_goes_back_into_the_queue(
     workspace, environment, tmp_path
 ):
-    run = Run(workspace, "requeued", max_steps=400, save_steps=200)
+    run = Run(workspace, "requeued", max_steps=150, save_steps=200)
     process = start_slurm(run, environment)
     failures.wait_for_step(run, 5)
-    process.send_signal(signal.SIGTERM)
+    signal_launchers(environment)
     outcome = run.wait(process)
     assert outcome.code == 0, outcome.text
-    assert (tmp_path / "asked").read_text() == "requeue 4242\n"
+    assert (tmp_path / "asked").read_text() == f"requeue {environment['SLURM_JOB_ID']}\n"
     status = failures.read_status(run)
     assert (status["state"], status["step"]) == ("stopped", run.read_progress()["step"])
     assert not failures.find_ranks(run)
     again = run.wait(start_slurm(run, environment))
     assert failures.read_status(run)["state"] == "finished", again.text
-    assert f"{status['step']} of 400 made; going on from" in again.text
+    assert f"{status['step']} of 150 made; going on from" in again.text
 
 
-def test_a_slurm_job_whose_run_fails_ends_with_an_error(workspace, environment, tmp_path):
+def test_a_slurm_job_that_is_cancelled_saves_and_stays_away(workspace, environment, tmp_path):
+    """`scancel` signals the script, too."""
+    run = Run(workspace, "cancelled", max_steps=400, save_steps=500)
+    process = start_slurm(run, environment)
+    failures.wait_for_step(run, 5)
+    process.send_signal(signal.SIGTERM)
+    signal_launchers(environment)
+    outcome = run.wait(process)
+    assert outcome.code != 0
+    status = failures.read_status(run)
+    assert (status["state"], status["step"]) == ("stopped", run.read_progress()["step"])
+    assert not (tmp_path / "asked").exists()
+
+
+def test_a_slurm_job_that_cannot_start_is_not_requeued_for_an_earlier_stop(
+    workspace, environment, tmp_path
+):
     run = Run(workspace, "wrong", learning_rate="-1")
+    run.folder.mkdir(parents=True)
+    (run.folder / "status.json").write_text('{"state": "stopped", "step": 3, "reason": "SIGTERM"}')
     outcome = run.wait(start_slurm(run, environment))
     assert outcome.code != 0
     assert "learning_rate: must be above 0, got -1" in outcome.text
@@ -106,11 +155,12 @@ def test_the_command_of_the_kubernetes_job_trains_with_two_processes(workspace):
     own = {item["name"]: item["value"] for item in container["env"]}
     # What the runtime sets in the pod of a job of one node.
     torch = {"PET_NNODES": "1", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "127.0.0.1"}
-    torch |= {"PET_MASTER_PORT": "0", "LAUNCH": str(TWO), "GPUS_PER_NODE": "2"}
+    torch |= {"PET_MASTER_PORT": "0", "PET_NPROC_PER_NODE": "auto"}
+    changed = {"LAUNCH": str(TWO), "GPUS_PER_NODE": "2"}
     run = Run(workspace, "pod", max_steps=6)
     done = subprocess.run(
         [*container["command"], *flags_of(run, gradient_accumulation_steps=4)],
-        env={**os.environ, **own, **torch, "PYTHONPATH": str(ROOT)},
+        env={**with_commands_of_this_python(), **own, **torch, **changed},
         capture_output=True,
         text=True,
         timeout=240,
@@ -152,12 +202,7 @@ def test_two_launchers_make_one_run_as_on_two_machines(workspace):
 def debug(run: Run, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["bash", str(ROOT / "launch/debug.sh"), *flags_of(run)],
-        env={
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
-            **environment,
-        },
+        env={**with_commands_of_this_python(), **environment},
         input=stdin,
         cwd=ROOT,
         capture_output=True,
@@ -165,6 +210,18 @@ def debug(run: Run, stdin: str = "", **environment: str) -> subprocess.Completed
         timeout=240,
         check=False,
     )
+
+
+def test_the_debug_script_runs_to_the_end_and_twice_the_same(workspace):
+    curves = []
+    for name in ("debugged-once", "debugged-twice"):
+        run = Run(workspace, name, max_steps=2, warmup_steps=0)
+        done = debug(run, PDB="0")
+        assert done.returncode == 0, done.stderr
+        assert failures.read_status(run)["state"] == "finished"
+        curves.append(failures.read_curve(run))
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 2
 
 
 def test_the_debug_script_names_the_operation_whose_backward_gives_nan(workspace):
