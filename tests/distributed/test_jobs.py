@@ -24,15 +24,18 @@ def workspace(tmp_path_factory) -> Workspace:
 
 
 # Each node's launcher is a process of this machine. As with Slurm's own srun, SIGTERM to srun is
-# SIGKILL to what it runs.
+# SIGKILL to all that it started.
 SRUN = """
+kill_with_children() {
+    for child in $(ps -o pid= --ppid "$1"); do kill_with_children "$child"; done
+    kill -KILL "$1"
+}
 while [[ $1 == --*=* ]]; do shift; done
-set -m
 for ((node = 0; node < SLURM_NNODES; node++)); do
     SLURM_NODEID=$node "$@" &
     launchers+=($!)
 done
-trap 'for launcher in "${launchers[@]}"; do kill -KILL -- -$launcher; done' TERM
+trap 'for launcher in "${launchers[@]}"; do kill_with_children "$launcher"; done' TERM
 echo "${launchers[@]}" > "$HERE/launchers"
 code=0
 for launcher in "${launchers[@]}"; do wait "$launcher" || code=$?; done
