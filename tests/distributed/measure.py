@@ -1,6 +1,6 @@
 """Runs every comparison of engines in full, and writes what it saw: distributed.json and tables.
 
-python tests/distributed/measure.py            everything, about 15 minutes on two cores
+python tests/distributed/measure.py            everything, about 25 minutes on two cores
 python tests/distributed/measure.py --only parity
 python tests/distributed/measure.py --readme   puts the tables of distributed.json in README.md
 """

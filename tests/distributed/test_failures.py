@@ -19,7 +19,7 @@ def curves(workspace) -> failures.Curves:
 
 @pytest.mark.parametrize(
     ("engine", "rank", "step"),
-    [("DDP", 0, 7), ("DDP", 1, 10), ("FSDP2", 0, 9), ("FSDP2", 1, 14), ("ZeRO-3", 1, 8)],
+    [("DDP", 0, 7), ("FSDP2", 1, 14)],  # measure.py tries each rank of each engine
 )
 def test_the_others_leave_after_a_kill_and_the_same_command_goes_on(curves, engine, rank, step):
     assert failures.kill_one(curves, engine, rank, step).failure == ""
@@ -32,16 +32,22 @@ def test_a_rank_that_waits_for_a_dead_one_without_end_leaves_too(curves, fault):
     assert death.seconds > 5, "it left by itself, so that nothing was tried"
 
 
-@pytest.mark.parametrize("fault", ["nan_loss", "infinite_gradient"])
-@pytest.mark.parametrize("engine", ["DDP", "FSDP2", "ZeRO-2", "ZeRO-3"])
+@pytest.mark.parametrize(
+    ("engine", "fault"),
+    [
+        ("DDP", "nan_loss"),
+        ("FSDP2", "infinite_gradient"),
+        ("ZeRO-2", "infinite_gradient"),
+        ("ZeRO-3", "nan_loss"),
+    ],
+)
 def test_a_step_that_is_bad_on_one_rank_is_refused_by_all(workspace, engine, fault):
     run, outcome = failures.try_fault(workspace, engine, fault)
     assert outcome.text.count("the update was not made, the weights are those after step 5") >= 2
     assert failures.read_status(run)["state"] == "diverged"
 
 
-@pytest.mark.parametrize("is_async", ["true", "false"])
-@pytest.mark.parametrize("engine", ["DDP", "FSDP2"])
+@pytest.mark.parametrize(("engine", "is_async"), [("DDP", "true"), ("FSDP2", "false")])
 def test_a_disk_that_is_full_for_one_rank_costs_a_save_and_nothing_else(
     workspace, curves, engine, is_async
 ):
@@ -52,7 +58,7 @@ def test_a_disk_that_is_full_for_one_rank_costs_a_save_and_nothing_else(
     assert failures.read_curve(run) == curves.get(engine)
 
 
-@pytest.mark.parametrize("engine", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("engine", ["FSDP2"])
 def test_a_file_that_one_rank_cannot_read_ends_all_with_its_message(workspace, engine):
     keys = workspace.method_keys("lora")
     run, outcome = failures.try_fault(workspace, engine, "bad_file", **keys)
