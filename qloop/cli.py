@@ -92,7 +92,7 @@ def train(ctx: click.Context, /, config_file: Path | None, **flags: str | None) 
 
 
 @cli.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option(
     "--dtype",

@@ -5,22 +5,24 @@
     checkpoint of qlora     the same, into the base in full precision: training saw the base rounded
                             to 4 bits, so the merged model is near what was trained, not equal to it
 
-What belongs to training stays behind. The directory appears by one rename, when it is whole.
+What belongs to training stays behind. The directory appears by one rename, when it is whole and on
+the disk. Full checkpoints are converted tensor by tensor; a merge needs the base in fp32 in memory.
 """
 
 import json
 import math
+import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qloop.checkpoint.filesystem import FileSystem
-from qloop.checkpoint.reading import Checkpoint, read_checkpoint
-from qloop.checkpoint.store import COMMIT, MANIFEST, CheckpointStore, DamagedError, show_bytes
+from qloop.checkpoint.reading import PROGRESS, Checkpoint, read_checkpoint
+from qloop.checkpoint.store import CheckpointStore, DamagedError, Kept, show_bytes
 from qloop.checkpoint.tensors import (
     INDEX,
     Kind,
@@ -33,13 +35,13 @@ from qloop.checkpoint.tensors import (
     name_parts,
 )
 from qloop.config import Config
-from qloop.errors import CheckpointError, ConfigError, telling_of_disk_errors
+from qloop.errors import CheckpointError, ConfigError, QloopError, telling_of_disk_errors
 from qloop.model.build import build_model, fingerprint_weights, merge_adapters
 from qloop.model.saving import collect_model_files, collect_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _PART_BYTES = 5e9
-_OF_TRAINING = ("optimizer", "progress.json", MANIFEST, COMMIT, "adapter_", "model.", "model-")
+_LEFT_BEHIND = ("optimizer", PROGRESS, "adapter_", "model.", "model-", "README.md")
 
 
 def export(
@@ -55,66 +57,92 @@ def export(
         tell: Gets lines on what was done.
 
     Raises:
-        ConfigError: The destination is in use, or the base is another.
+        ConfigError: The destination cannot be used, the base is another, or a weight is too large
+            for the type.
         CheckpointError: There is no good checkpoint, or the disk refuses.
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ConfigError(f"{destination}: is there already, and not empty; give another folder")
-    checkpoint = find_checkpoint(source, tell)
-    is_adapter = (checkpoint.path / "adapter_config.json").exists()
+    place = Path(os.path.realpath(destination))  # "." has no name, and a link is not replaced
+    with telling_of_disk_errors(place):
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise ConfigError(f"{destination}: is there already, and not empty; give a new folder")
+    if place == Path.cwd():
+        raise ConfigError(f"{destination}: is where you are; give the name of a new folder")
+    path, manifest = find_checkpoint(source, tell)
+    if place.is_relative_to(path.resolve()):
+        raise ConfigError(f"{destination}: would be a part of the checkpoint; give another folder")
+    is_adapter = "adapter_config.json" in manifest.files
     if base and not is_adapter:
-        raise ConfigError(f"--base: {checkpoint.path} is a whole model and needs none")
+        raise ConfigError(f"--base: {path} is a whole model and needs none")
+    # What the manifest does not name was not verified: an editor's dot files.
     files = {
-        file.name: file.read_bytes()
-        for file in sorted(checkpoint.path.iterdir())
-        if not file.name.startswith(_OF_TRAINING) and file.name != "README.md"
+        name: (path / name).read_bytes()
+        for name in manifest.files
+        if not name.startswith(_LEFT_BEHIND)
     }
     if is_adapter:
-        model = _merge(checkpoint, base, tell)
+        model = _merge(read_checkpoint(path), base, tell)
         weights = collect_weights(model)[1]
         files |= collect_model_files(model)
-        _write(destination, files, {n: kind_of(t) for n, t in weights.items()}, weights.get, dtype)
+        kinds = {name: kind_of(weight) for name, weight in weights.items()}
+        size = _write(place, files, kinds, weights.__getitem__, dtype)
     else:
-        saved = SavedTensors(checkpoint.path, "model")
-        _write(destination, files, saved.kinds, saved.read, dtype)
-    size = sum(file.stat().st_size for file in destination.iterdir())
-    tell(f"exported {checkpoint.path} to {destination} ({dtype}, {show_bytes(size)})")
+        saved = SavedTensors(path, "model")
+        size = _write(place, files, saved.kinds, saved.read, dtype)
+    tell(f"exported {path} to {destination} ({dtype}, {show_bytes(size)})")
     tell(f"load it: AutoModelForCausalLM.from_pretrained('{destination}', dtype='auto')")
 
 
-def find_checkpoint(source: Path, tell: Callable[[str], None]) -> Checkpoint:
+def find_checkpoint(source: Path, tell: Callable[[str], None]) -> Kept:
     """Finds the checkpoint that is meant, and verifies every byte of it; changes nothing.
 
     Raises:
         CheckpointError: There is no good one.
     """
-    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
-    paths = list(reversed(CheckpointStore(folder, FileSystem()).list_checkpoints()))
+    problems = []
+    try:
+        folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
+        paths = list(reversed(CheckpointStore(folder, FileSystem()).list_checkpoints()))
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error
     for path in paths or [source]:
         try:
-            CheckpointStore(path.parent, FileSystem()).verify(path)
+            manifest = CheckpointStore(path.parent, FileSystem()).verify(path)
         except (DamagedError, OSError) as error:
-            tell(f"{path}: not a good checkpoint: {error}")
+            problems.append(f"{path}: not a good checkpoint: {error}")
             continue
-        return read_checkpoint(path)
-    raise CheckpointError(f"{source}: holds no good checkpoint; give a run's folder or one of its")
+        for problem in problems:
+            tell(problem)
+        return Kept(path, manifest)
+    problems.append(f"{source}: nothing to export; give a run's folder or a checkpoint-N")
+    raise CheckpointError("\n".join(problems))
 
 
 def _merge(checkpoint: Checkpoint, base: str | None, tell: Callable[[str], None]) -> Any:
     """Builds base and adapter in fp32, makes sure that they belong together, and merges them."""
-    config = Config.model_validate(checkpoint.origins.config)
+    try:
+        config = Config.model_validate(checkpoint.origins.config)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: its config is none of this version of qloop: {error}; export it "
+            "with the version that wrote it"
+        ) from error
     changes: dict[str, object] = {"training_method": "lora", "gradient_checkpointing": False}
     if base:
         changes |= {"model_name": base, "model_revision": None}
-    model = build_model(
-        config.model.model_copy(update=changes),
-        config.lora,
-        "fp32",
-        torch.device("cpu"),
-        config.run.seed,
-        checkpoint.path,
-    )
     name = base or config.model.model_name
+    try:
+        model = build_model(
+            config.model.model_copy(update=changes),
+            config.lora,
+            "fp32",
+            torch.device("cpu"),
+            config.run.seed,
+            checkpoint.path,
+        )
+    except QloopError as error:  # the adapter is as it was written, so it is the base that differs
+        raise ConfigError(
+            f"{name}: cannot be the base of {checkpoint.path}: {error}; give its place by --base"
+        ) from error
     wanted = checkpoint.origins.fingerprints["frozen_weights"]
     if config.model.training_method == "qlora":
         tell(f"{name}: was trained on in 4 bits, so it cannot be compared with what it was then")
@@ -134,10 +162,10 @@ def _write(
     destination: Path,
     files: Mapping[str, bytes],
     kinds: Mapping[str, Kind],
-    read: Callable[[str], torch.Tensor | None],
+    read: Callable[[str], torch.Tensor],
     dtype: str,
-) -> None:
-    """Writes a folder beside the destination, and gives it its name."""
+) -> int:
+    """Writes a folder beside the destination, and gives it its name; counts its bytes."""
     kinds = {name: _converted(kind, dtype) for name, kind in kinds.items()}
     writers = max(1, math.ceil(sum(kind.nbytes for kind in kinds.values()) / _PART_BYTES))
     shares = deal_out(kinds, writers) if writers > 1 else [align(kinds)]
@@ -146,26 +174,39 @@ def _write(
     if writers > 1:
         texts[f"model{INDEX}"] = index_of(parts)
     texts["config.json"] = _with_dtype(texts["config.json"], dtype)
+    contents: dict[str, Iterable[memoryview]] = {
+        name: encode_tensors(names, (_convert(n, read(n), dtype) for n in names))
+        for name, names in parts.items()
+    }
+    contents |= {name: [memoryview(text)] for name, text in texts.items()}
 
-    def tensors(names: Mapping[str, Kind]) -> Iterator[torch.Tensor]:
-        for name in names:
-            tensor = read(name)
-            assert tensor is not None
-            yield tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
-
+    disk = FileSystem()
+    store = CheckpointStore(destination.parent, disk)
+    # No name that a run deletes, should someone export into the folder of its checkpoints.
+    unfinished = destination.with_name(f".exporting-{destination.name}-{uuid.uuid4().hex[:8]}")
     with telling_of_disk_errors(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = destination.with_name(f".unfinished-{destination.name}-{uuid.uuid4().hex[:8]}")
-        unfinished.mkdir()
+        disk.make_folder(unfinished)
         try:
-            for file, names in parts.items():
-                with (unfinished / file).open("wb") as stream:
-                    stream.writelines(encode_tensors(names, tensors(names)))
-            for file, text in texts.items():
-                (unfinished / file).write_bytes(text)
-            unfinished.rename(destination)
+            written = [store.write_file(unfinished, *content) for content in contents.items()]
+            disk.sync_folder(unfinished)
+            disk.rename(unfinished, destination)
+            disk.sync_folder(destination.parent)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+    return sum(file.bytes for file in written)
+
+
+def _convert(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    converted = tensor.to(DTYPES[dtype])
+    if converted.isinf().any() and not tensor.isinf().any():
+        raise ConfigError(
+            f"--dtype: {name} holds {tensor.abs().max():.3g}, more than {dtype} can, whose largest "
+            f"is {torch.finfo(DTYPES[dtype]).max:.3g}; give bf16 or fp32"
+        )
+    return converted
 
 
 def _converted(kind: Kind, dtype: str) -> Kind:
