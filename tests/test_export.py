@@ -139,11 +139,12 @@ def test_a_weight_too_large_for_the_type_is_refused(workspace, tmp_path):
     "keys",
     [
         {},
+        {"precision": "bf16"},
         {"use_rslora": "true"},
         {"use_dora": "true"},
         {"modules_to_save": "lm_head"},
     ],
-    ids=["lora", "rslora", "dora", "modules_to_save"],
+    ids=["lora", "bf16", "rslora", "dora", "modules_to_save"],
 )
 def test_a_merged_adapter_gives_the_logits_of_base_and_adapter(workspace, tmp_path, keys):
     folder = run(workspace, f"lora-{'-'.join(keys)}", "lora", **keys)
