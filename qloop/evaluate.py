@@ -106,6 +106,11 @@ def sample_completions(
     """
     was_training = model.training
     model.eval()
+    # PEFT generates by the model inside its own, so that the hook which gathers what FSDP2 has
+    # sharded of the outermost one is never called.
+    is_sharded = hasattr(model, "unshard")
+    if is_sharded:
+        model.unshard()
     samples = []
     for document in np.unique(np.linspace(0, len(store) - 1, num_samples, dtype=np.int64)).tolist():
         ids = torch.from_numpy(
@@ -134,5 +139,7 @@ def sample_completions(
                 )
             )
         )
+    if is_sharded:
+        model.reshard()
     model.train(was_training)
     return samples
