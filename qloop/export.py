@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from qloop.checkpoint.filesystem import FileSystem
-from qloop.checkpoint.reading import PROGRESS, Checkpoint, read_checkpoint
+from qloop.checkpoint.reading import PROGRESS, Checkpoint, config_of, read_checkpoint
 from qloop.checkpoint.store import CheckpointStore, DamagedError, Kept, show_bytes
 from qloop.checkpoint.tensors import (
     INDEX,
@@ -34,7 +34,6 @@ from qloop.checkpoint.tensors import (
     kind_of,
     name_parts,
 )
-from qloop.config import Config
 from qloop.errors import CheckpointError, ConfigError, QloopError, telling_of_disk_errors
 from qloop.model.build import build_model, fingerprint_weights, merge_adapters
 from qloop.model.saving import collect_model_files, collect_weights
@@ -119,13 +118,7 @@ def find_checkpoint(source: Path, tell: Callable[[str], None]) -> Kept:
 
 def _merge(checkpoint: Checkpoint, base: str | None, tell: Callable[[str], None]) -> Any:
     """Builds base and adapter in fp32, makes sure that they belong together, and merges them."""
-    try:
-        config = Config.model_validate(checkpoint.origins.config)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{checkpoint.path}: its config is none of this version of qloop: {error}; export it "
-            "with the version that wrote it"
-        ) from error
+    config = config_of(checkpoint)
     changes: dict[str, object] = {"training_method": "lora", "gradient_checkpointing": False}
     if base:
         changes |= {"model_name": base, "model_revision": None}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qloop.checkpoint.filesystem import FileSystem
-from qloop.checkpoint.reading import Checkpoint, Origins, read_checkpoint
+from qloop.checkpoint.reading import Checkpoint, Origins, config_of, read_checkpoint
 from qloop.checkpoint.store import CheckpointStore, DamagedError, Kept
 from qloop.config import Config, find_changes
 from qloop.errors import CheckpointError, ConfigError, join_names
@@ -44,14 +44,7 @@ def choose_checkpoint(
     if path is None:
         return None
     checkpoint = read_checkpoint(path)
-    try:
-        before = Config.model_validate(checkpoint.origins.config)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: its config is none of this version of qloop: {error}; go on with the version "
-            "that wrote it, or give another --experiment_name"
-        ) from error
-    changes = find_changes(before, config)
+    changes = find_changes(config_of(checkpoint), config)
     if changes:
         raise ConfigError(
             f"{path}: was made with other settings:\n  " + "\n  ".join(changes) + "\n"

@@ -31,7 +31,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.checkpoint.reading",
         "qloop.checkpoint.store",
         "qloop.checkpoint.tensors",
-        "qloop.config",
         "qloop.errors",
         "qloop.model.build",
         "qloop.model.saving",
@@ -123,6 +122,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "qloop.checkpoint.shares": {"qloop.checkpoint.tensors"},
     "qloop.checkpoint.reading": {
         "qloop.checkpoint.tensors",
+        "qloop.config",
         "qloop.engines.engine",
         "qloop.errors",
         "qloop.progress",

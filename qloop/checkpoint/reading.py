@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qloop.checkpoint.tensors import SavedTensors
+from qloop.config import Config
 from qloop.engines.engine import Engine
 from qloop.errors import CheckpointError
 from qloop.progress import Progress
@@ -51,6 +52,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: no checkpoint to go on from: {PROGRESS}: {error}; give a checkpoint-N folder"
+        ) from error
+
+
+def config_of(checkpoint: Checkpoint) -> Config:
+    """Gives the config that a checkpoint was made with.
+
+    Raises:
+        CheckpointError: Its keys are none of this version of qloop.
+    """
+    try:
+        return Config.model_validate(checkpoint.origins.config)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: its config is none of this version of qloop: {error}; use the "
+            "version that wrote it"
         ) from error
 
 

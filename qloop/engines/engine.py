@@ -22,9 +22,6 @@ from qloop.optimizer import clip_gradients, measure_grad_norm, set_learning_rate
 class Engine:
     """Makes the steps of a prepared model and optimizer, and knows where their tensors are."""
 
-    name = ""
-    """What the opening lines call it."""
-
     def __init__(
         self, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
