@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from workspace import load_corpus
 
 from qloop.config import DataConfig, ModelConfig
 from qloop.data.documents import Document, Refusal
@@ -25,7 +26,6 @@ from qloop.data.tokens import (
     Source,
     TokenStore,
     is_held_out,
-    load_corpus,
     open_corpus,
 )
 from qloop.errors import DataError
@@ -858,7 +858,7 @@ SLOW_BUILD = """
 import sys, time
 from pathlib import Path
 from qloop.data.documents import Document
-from qloop.data.tokens import Encoder, Source, load_corpus
+from qloop.data.tokens import Encoder, Source, build_corpus
 
 def read():
     yield Document("a:1", "", "a.q")
@@ -866,7 +866,7 @@ def read():
     time.sleep(600)
 
 encoder = Encoder(None, None, [], 0, 9, "slow")
-load_corpus(Source(read, "slow"), None, encoder, Path(sys.argv[1]), 0.0, False, True)
+build_corpus(Source(read, "slow"), None, encoder, Path(sys.argv[1]), 0.0, False, True)
 """
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from qloop.config import Config, load_config
+from qloop.data.tokens import Corpus, Encoder, Source, build_corpus, open_corpus
 
 # Architectures that must work, as keys of a config.json beside the sizes below.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -71,6 +72,14 @@ def write_model_config(folder: Path, model_type: str = "qwen2", **keys: Any) -> 
     file = folder / "config.json"
     file.write_text(json.dumps(content))
     return file
+
+
+def load_corpus(
+    train: Source, held_out: Source | None, encoder: Encoder, cache_dir: Path, *settings: Any
+) -> Corpus:
+    """Builds a corpus, if it is not there, and opens it."""
+    folder, was_cached = build_corpus(train, held_out, encoder, cache_dir, *settings)
+    return open_corpus(folder, encoder, was_cached)
 
 
 class Workspace:

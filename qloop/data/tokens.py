@@ -124,22 +124,6 @@ class Corpus:
     was_cached: bool
 
 
-def load_corpus(
-    train: Source,
-    held_out: Source | None,
-    encoder: Encoder,
-    cache_dir: Path,
-    held_out_share: float,
-    train_on_prompt: bool,
-    deduplicate: bool,
-) -> Corpus:
-    """Builds and opens a corpus; see `build_corpus`."""
-    folder, was_cached = build_corpus(
-        train, held_out, encoder, cache_dir, held_out_share, train_on_prompt, deduplicate
-    )
-    return open_corpus(folder, encoder, was_cached)
-
-
 def build_corpus(
     train: Source,
     held_out: Source | None,
