@@ -16,6 +16,7 @@ from qloop.checkpoint.manager import CheckpointManager
 from qloop.checkpoint.reading import Checkpoint, Origins, restore
 from qloop.checkpoint.store import CheckpointStore
 from qloop.config import Config, ModelConfig
+from qloop.data.batches import StepReader
 from qloop.data.indexes import load_index
 from qloop.data.packing import BlockIndex
 from qloop.data.sources import find_sources
@@ -29,7 +30,6 @@ from qloop.engines.build import (
 from qloop.engines.engine import Engine
 from qloop.errors import ConfigError, DataError, QloopError, telling_of_disk_errors
 from qloop.lock import RunLock
-from qloop.model.attention import check_isolation
 from qloop.model.build import (
     build_encoder,
     build_model,
@@ -40,6 +40,8 @@ from qloop.model.build import (
     load_model_config,
     load_tokenizer,
 )
+from qloop.model.isolation import choose_attention
+from qloop.model.loss import TargetLoss, choose_loss
 from qloop.model.saving import collect_files
 from qloop.peers import PeerWatch
 from qloop.progress import Progress
@@ -68,11 +70,12 @@ class Assembly:
     accelerator: Accelerator
     peers: PeerWatch
     tokenizer: PreTrainedTokenizerBase
-    store: TokenStore
     index: BlockIndex
+    reader: StepReader
     held_out: HeldOut | None
     model: torch.nn.Module
     """As prepared: to be called, and in the loop only."""
+    loss: TargetLoss
     engine: Engine
     step: Step
     progress: Progress
@@ -83,6 +86,7 @@ class Assembly:
     def close(self) -> None:
         """Ends the reports, and lets others use the run's folder."""
         self.peers.stop()
+        self.reader.close()
         self.report.close()
         self.lock.release()
 
@@ -171,7 +175,14 @@ def _assemble(
     on_main(accelerator, write_folder)
     files = collect_files(model, tokenizer)
     engine = build_engine(accelerator, model, config, step.accumulation)
-    isolation = check_isolation(engine.plain, encoder.vocabulary_size, precision)
+    isolation, attention = choose_attention(
+        engine.plain, config.model.attention, accelerator.device, precision,
+        encoder.vocabulary_size,
+    )  # fmt: skip
+    micro_batch_tokens = config.batch.batch_size * config.data.max_seq_length
+    loss = choose_loss(
+        engine.plain, config.model.loss, accelerator.device, micro_batch_tokens, precision
+    )
     if checkpoint:
         on_all(accelerator, functools.partial(restore, engine, checkpoint))
 
@@ -186,16 +197,21 @@ def _assemble(
         f"run        {run.path}",
         *describe_ledger(ledger, corpus.was_cached),
         model_line,
-        "isolation  packed documents do not see each other (logits move by "
+        f"attention  {attention}; packed documents do not see each other (logits move by "
         f"{isolation.swapped:.0e}, alone {isolation.alone:.0e})",
+        f"loss       {loss.kind}",
         f"steps      {progress.step} of {last_step} made{going_on}",
         *step.notes,
         *checkpoints.warn_of_space(engine, progress.step, last_step),
     ]
     report.say("\n".join(opening_lines))
+    reader = StepReader(
+        corpus.train, index, step.blocks, step.accumulation, accelerator.process_index,
+        accelerator.num_processes, config.run.seed, pins=accelerator.device.type == "cuda",
+    )  # fmt: skip
     return Assembly(
-        config, run, lock, accelerator, peers, tokenizer, corpus.train, index, held_out,
-        engine.model, engine, step, progress, checkpoints, report, last_step,
+        config, run, lock, accelerator, peers, tokenizer, index, reader, held_out,
+        engine.model, loss, engine, step, progress, checkpoints, report, last_step,
     )  # fmt: skip
 
 

@@ -82,8 +82,17 @@ class ModelConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 on GPUs that have it, else fp32; trained weights stay fp32"
     )
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="attention code of transformers; auto: the model's own choice"
+    attention: Literal[
+        "auto", "documents", "sdpa", "eager", "flash_attention_2", "flash_attention_3"
+    ] = Field(
+        "auto",
+        description="documents: without a mask, each document for itself; the others are "
+        "transformers' own; auto: documents where the model allows it",
+    )
+    loss: Literal["auto", "logits", "chunked", "torch", "liger"] = Field(
+        "auto",
+        description="logits: all at once; the others never hold all: chunked: some rows at a time, "
+        "torch: linear_cross_entropy, liger: liger-kernel; auto: by device and size",
     )
     gradient_checkpointing: bool = Field(
         True,
@@ -263,11 +272,12 @@ class LoadedConfig(NamedTuple):
 COMMAND_LINE = "command line"
 ALIASES = {"base_model": "model_name"}
 
-# Keys that may differ between the parts of one run: where it lies, what it reports and saves, and
-# when it ends. A new end bends the cosine of the steps to come, which is what making a run longer
-# means.
+# Keys that may differ between the parts of one run: where it lies, what it reports and saves, when
+# it ends, and how much memory the same numbers take. A new end bends the cosine of the steps to
+# come, which is what making a run longer means.
 MAY_CHANGE = frozenset(
     {
+        *("loss", "gradient_checkpointing"),
         *("experiment_name", "output_dir", "resume", "cache_dir", "max_steps", "num_epochs"),
         *("eval_steps", "eval_batch_size", "num_samples", "sample_tokens", "allow_change"),
         *CheckpointConfig.model_fields,

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from qloop.data.batches import build_micro_batch, count_targets
 from qloop.data.packing import BlockIndex
 from qloop.data.tokens import TokenStore
-from qloop.model.loss import predict
+from qloop.model.attention import own_attention
+from qloop.model.loss import TargetLoss
 
 _PROMPT_TOKENS = 96
 """At most this much of a document is given before a completion."""
@@ -44,6 +45,7 @@ class Sample:
 
 def evaluate(
     model: torch.nn.Module,
+    loss: TargetLoss,
     store: TokenStore,
     index: BlockIndex,
     batch_size: int,
@@ -56,6 +58,7 @@ def evaluate(
 
     Args:
         model: Unwrapped, in any mode; left as it was.
+        loss: The model's.
         store: The held-out documents.
         index: Their blocks.
         batch_size: Blocks in a forward pass.
@@ -73,17 +76,17 @@ def evaluate(
             # others; one that has no block left reads the last one again, and counts nothing.
             read_ids = block_ids if len(block_ids) else np.array([len(index) - 1])
             micro_batch = build_micro_batch(store, index, read_ids)
-            targets = count_targets([micro_batch])
-            loss_sum, correct = predict(model, micro_batch.to(accelerator.device))
-            measured = torch.stack([loss_sum, correct, torch.full_like(loss_sum, targets)])
-            sums += measured if len(block_ids) else 0
+            prediction = loss.predict(model, micro_batch.to(accelerator.device))
+            if len(block_ids):
+                sums[:2] += torch.stack(prediction)
+                sums[2] += count_targets(store, index, block_ids)
     model.train(was_training)
     nats, correct_tokens, target_tokens = accelerator.reduce(sums, "sum").tolist()
-    loss = nats / target_tokens
+    mean = nats / target_tokens
     target_bytes = int(store.target_bytes.sum())
     return Evaluation(
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),  # beyond that, infinity for a float
+        loss=mean,
+        perplexity=math.exp(min(mean, 700.0)),  # beyond that, infinity for a float
         bits_per_byte=nats / math.log(2) / target_bytes,
         token_accuracy=correct_tokens / target_tokens,
         target_tokens=int(target_tokens),
@@ -118,7 +121,7 @@ def sample_completions(
         )
         cut = min(_PROMPT_TOKENS, len(ids) // 2)
         torch.manual_seed(seed + document)
-        with torch.no_grad(), accelerator.autocast():
+        with torch.no_grad(), accelerator.autocast(), own_attention(model):
             output = model.generate(
                 input_ids=ids[None, :cut].to(accelerator.device),
                 attention_mask=torch.ones(1, cut, dtype=torch.int64, device=accelerator.device),

@@ -13,10 +13,8 @@ import torch
 
 from qloop.assembly import Assembly, assemble
 from qloop.config import Config
-from qloop.data.batches import block_ids_at, build_micro_batch, count_targets
 from qloop.errors import DivergenceError, StoppedError
 from qloop.evaluate import evaluate, sample_completions
-from qloop.model.loss import next_token_loss
 from qloop.report.metrics import build_step_record
 from qloop.schedule import learning_rate_at
 from qloop.seeds import seed_at, seed_forward_pass
@@ -62,7 +60,7 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
     config, accelerator, device = parts.config, parts.accelerator, parts.accelerator.device
     model, engine, progress, report = parts.model, parts.engine, parts.progress, parts.report
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
-    step_blocks, accumulation = parts.step.blocks, parts.step.accumulation
+    accumulation = parts.step.accumulation
     schedule, max_grad_norm = config.schedule, config.optimizer.max_grad_norm
 
     report.write_status("running", progress.step)
@@ -75,14 +73,8 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
         started = time.perf_counter()
 
         # 1. Fetch the whole step first, so that its loss can be divided by its true number of
-        # targets. Micro-batch m of a rank is number m * num_ranks + rank of the step.
-        block_ids = block_ids_at(
-            progress.blocks_seen, step_blocks, len(parts.index), config.run.seed
-        )
-        rank_ids = block_ids.reshape(accumulation, num_ranks, -1)[:, rank]
-        micro_batches = [build_micro_batch(parts.store, parts.index, ids) for ids in rank_ids]
-        rank_targets = torch.tensor(count_targets(micro_batches), device=device)
-        target_tokens = int(accelerator.reduce(rank_targets, "sum"))
+        # targets, over all ranks.
+        block_ids, micro_batches, target_tokens = parts.reader.read(progress.blocks_seen)
         divisor = max(1, target_tokens)  # blocks in the middle of long prompts have no target
         fetched = time.perf_counter()
 
@@ -93,17 +85,20 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
         for number, micro_batch in enumerate(micro_batches):
             seed_forward_pass(seed_at(config.run.seed, progress.step, number * num_ranks + rank))
             with accelerator.accumulate(model):
-                micro_loss = next_token_loss(model, micro_batch.to(device))
+                micro_loss = parts.loss.sum(model, micro_batch.to(device))
                 engine.backward(micro_loss * (accumulation * num_ranks / divisor))
             loss_sum += micro_loss.detach()
-        loss = float(accelerator.reduce(loss_sum, "sum")) / divisor
         grad_norm = engine.measure_grad_norm()
+        # The step's one wait for a GPU.
+        loss, norm = torch.stack(
+            [accelerator.reduce(loss_sum, "sum") / divisor, grad_norm]
+        ).tolist()
         computed = time.perf_counter()
 
         # 3. Refuse, clip, update: a bad step never reaches the weights. Clipping comes after the
         # check, since it spreads one NaN over every gradient.
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise DivergenceError(progress.step + 1, loss, float(grad_norm), block_ids.tolist())
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise DivergenceError(progress.step + 1, loss, norm, block_ids.tolist())
         engine.clip_gradients(max_grad_norm, grad_norm)
         learning_rate = learning_rate_at(
             progress.step, schedule.learning_rate, schedule.min_learning_rate,
@@ -113,9 +108,9 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
         updated = time.perf_counter()
 
         # 4. Account for the step; then report, evaluate and save, each when it is due.
-        progress.advance(step_blocks, target_tokens)
+        progress.advance(len(block_ids), target_tokens)
         record = build_step_record(
-            progress, loss, learning_rate, float(grad_norm), target_tokens, len(parts.index),
+            progress, loss, learning_rate, norm, target_tokens, len(parts.index),
             times=(started, fetched, computed, updated),
         )  # fmt: skip
         report.write_step(record)
@@ -142,6 +137,7 @@ def measure_held_out(parts: Assembly) -> float | None:
         return None
     evaluation = evaluate(
         parts.engine.plain,
+        parts.loss,
         parts.held_out.store,
         parts.held_out.index,
         parts.config.evaluate.eval_batch_size,

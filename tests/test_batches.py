@@ -14,6 +14,7 @@ import qloop.data.batches
 from qloop.data.batches import (
     IGNORED,
     MicroBatch,
+    StepReader,
     block_ids_at,
     build_micro_batch,
     count_targets,
@@ -149,7 +150,7 @@ def test_two_epochs_teach_each_token_exactly_twice(packing, shape, block_length)
 @some_cases
 def test_the_store_counts_the_targets_of_an_epoch(packing, shape, block_length):
     store, index = build(shape, packing, block_length)
-    assert count_targets([all_blocks(store, index)]) == store.target_tokens
+    assert count_targets(store, index, np.arange(len(index))) == store.target_tokens
 
 
 @both_packings
@@ -294,12 +295,58 @@ def test_a_copy_to_a_device_holds_the_same():
     assert torch.equal(copy.position_ids, micro_batch.position_ids)
 
 
-def test_targets_are_counted_over_all_micro_batches():
-    store, index = build(Shape([4, 5, 7], [1, 1, 5]), "wrapped", 5)
-    whole = [all_blocks(store, index)]
-    one_by_one = [build_micro_batch(store, index, np.array([block])) for block in range(3)]
-    assert count_targets(whole) == count_targets(one_by_one) == 3 + 4 + 2
-    assert count_targets([]) == 0
+@both_packings
+@given(shape=shapes(), block_length=block_lengths)
+@some_cases
+def test_targets_are_counted_as_the_labels_are(packing, shape, block_length):
+    store, index = build(shape, packing, block_length)
+    for block in np.arange(len(index)):
+        labels = build_micro_batch(store, index, np.array([block])).labels
+        assert count_targets(store, index, np.array([block])) == int((labels != IGNORED).sum())
+
+
+@both_packings
+@given(shape=shapes(), block_length=block_lengths)
+@some_cases
+def test_boundaries_are_where_slices_start(packing, shape, block_length):
+    store, index = build(shape, packing, block_length)
+    boundaries = all_blocks(store, index).boundaries.tolist()
+    assert boundaries == sorted(set(boundaries))
+    lengths = []
+    for block in range(len(index)):
+        slices = index.length[index.starts[block] : index.starts[block + 1]].tolist()
+        padding = block_length - sum(slices)
+        lengths += [*slices, padding] if padding else slices
+    assert boundaries == [0, *np.cumsum(lengths).tolist()]
+
+
+# Reading ahead
+
+
+def read_by(index, store, num_ranks=2, rank=1):
+    return StepReader(store, index, 4, 4 // num_ranks, rank, num_ranks, seed=3, pins=False)
+
+
+def test_a_step_is_the_same_whether_it_was_read_ahead_or_asked_for():
+    store, index = build(MIXED, "best_fit", 4)
+    in_turn, at_once = read_by(index, store), read_by(index, store)
+    steps = [in_turn.read(blocks_seen) for blocks_seen in (0, 4, 8, 12)]
+    direct = at_once.read(12)
+    assert direct.block_ids.tolist() == steps[3].block_ids.tolist()
+    assert targets_of(direct.micro_batches) == targets_of(steps[3].micro_batches)
+    assert direct.target_tokens == steps[3].target_tokens
+    for reader in (in_turn, at_once):
+        reader.close()
+
+
+def test_each_rank_knows_the_targets_of_all():
+    store, index = build(MIXED, "best_fit", 4)
+    readers = [read_by(index, store, rank=rank) for rank in range(2)]
+    steps = [reader.read(0) for reader in readers]
+    labels = torch.stack([m.labels for step in steps for m in step.micro_batches])
+    for step, reader in zip(steps, readers, strict=True):
+        assert step.target_tokens == int((labels != IGNORED).sum())
+        reader.close()
 
 
 # Which blocks a step reads

@@ -748,6 +748,8 @@ def test_keys_that_may_change_make_no_other_run():
         "wandb": "true",
         "wandb_project": "b",
         "tensorboard": "true",
+        "loss": "logits",
+        "gradient_checkpointing": "false",
     }
     assert changed.keys() == MAY_CHANGE
     after = load_flags(**changed)

@@ -8,6 +8,7 @@ import torch
 from qloop.assembly import assemble
 from qloop.data.batches import build_micro_batch
 from qloop.evaluate import evaluate, sample_completions
+from qloop.model.loss import compute_logits
 
 
 @pytest.fixture
@@ -19,7 +20,9 @@ def parts(make_config):
 
 def measure(parts, batch_size: int):
     held_out = parts.held_out
-    return evaluate(parts.model, held_out.store, held_out.index, batch_size, parts.accelerator)
+    return evaluate(
+        parts.model, parts.loss, held_out.store, held_out.index, batch_size, parts.accelerator
+    )
 
 
 def test_results_do_not_depend_on_the_batch_size(parts):
@@ -37,9 +40,7 @@ def test_every_target_weighs_the_same(parts):
     blocks = torch.arange(len(held_out.index)).numpy()
     batch = build_micro_batch(held_out.store, held_out.index, blocks)
     with torch.no_grad():
-        logits = parts.model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-        ).logits
+        logits = compute_logits(parts.model, batch)
     mean = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
     assert measure(parts, 2).loss == pytest.approx(float(mean), abs=1e-5)
 

@@ -1,14 +1,21 @@
 """The loss: a sum over targets that depends on nothing but them."""
 
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from workspace import write_model_config
 
+import qloop.model.loss
+from qloop.config import LoraConfig, ModelConfig
 from qloop.data.batches import IGNORED, MicroBatch
-from qloop.model.loss import compute_logits, next_token_loss, predict
+from qloop.errors import ConfigError
+from qloop.model.build import build_model
+from qloop.model.loss import TargetLoss, choose_loss, compute_logits, next_token_loss, predict
 
 
 class Bigrams(torch.nn.Module):
@@ -177,3 +184,160 @@ def test_predictions_do_not_depend_on_how_a_batch_is_split(rows):
     assert sum(int(part.correct) for part in parts) == int(whole.correct)
     total = sum(part.loss_sum.item() for part in parts)
     assert total == pytest.approx(whole.loss_sum.item(), rel=1e-12)
+
+
+# TargetLoss: the same without all logits
+
+HEADS: dict[str, dict] = {
+    "tied": {"tie_word_embeddings": True},
+    "untied": {},
+    "with a bias": {"model_type": "phi"},
+    "frozen": {"training_method": "lora"},
+    "LoRA": {"training_method": "lora", "lora_target_modules": ("lm_head", "q_proj")},
+    "DoRA": {"training_method": "lora", "lora_target_modules": ("lm_head",), "use_dora": True},
+    "trained beside adapters": {"training_method": "lora", "modules_to_save": ("lm_head",)},
+    "4 bits below": {"training_method": "qlora"},
+}
+kinds = pytest.mark.parametrize("kind", ["chunked", "torch"])
+heads = pytest.mark.parametrize("head", HEADS)
+
+
+def build(folder, training_method="full", model_type="qwen2", **keys):
+    """A model of 1024 tokens' vocabulary; adapters stand on a base of that kind."""
+    lora_keys = {key: keys.pop(key) for key in LoraConfig.model_fields.keys() & keys.keys()}
+    file = write_model_config(folder / "config", model_type, initializer_range=0.2, **keys)
+    options = {"model_config_file": file, "gradient_checkpointing": False}
+    model = build_model(ModelConfig(**options), LoraConfig(), "fp32", torch.device("cpu"), seed=0)
+    if training_method == "full":
+        return model
+    model.save_pretrained(folder / "base")
+    config = ModelConfig(
+        model_name=str(folder / "base"),
+        training_method=training_method,
+        gradient_checkpointing=False,
+    )
+    adapters = LoraConfig(lora_dropout=0.0, **lora_keys)
+    return build_model(config, adapters, "fp32", torch.device("cpu"), seed=0)
+
+
+def gradients_of(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    (loss * 0.25).backward()  # as the loop scales it
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@heads
+@kinds
+def test_every_kind_is_the_plain_loss_with_the_plain_gradients(tmp_path, head, kind, monkeypatch):
+    monkeypatch.setitem(qloop.model.loss.CHUNK_ELEMENTS, "cpu", 64 * 1024)  # 4 chunks
+    model = build(tmp_path, **HEADS[head])
+    micro_batch = draw_micro_batch(vocabulary_size=1000)
+    expected = next_token_loss(model, micro_batch)
+    gradients = gradients_of(model, expected)
+    loss = TargetLoss(model, kind).sum(model, micro_batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    mine = gradients_of(model, loss)
+    assert mine.keys() == gradients.keys()
+    assert gradients
+    for name, gradient in gradients.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+@heads
+@kinds
+def test_every_kind_predicts_the_same(tmp_path, head, kind, monkeypatch):
+    monkeypatch.setitem(qloop.model.loss.CHUNK_ELEMENTS, "cpu", 64 * 1024)
+    model = build(tmp_path, **HEADS[head])
+    micro_batch = draw_micro_batch(vocabulary_size=1000)
+    with torch.no_grad():
+        expected = predict(model, micro_batch)
+        got = TargetLoss(model, kind).predict(model, micro_batch)
+    assert got.loss_sum.item() == pytest.approx(expected.loss_sum.item(), rel=1e-6)
+    assert int(got.correct) == int(expected.correct)
+
+
+@kinds
+def test_a_micro_batch_without_targets_has_no_loss_and_no_gradient(tmp_path, kind):
+    model = build(tmp_path)
+    micro_batch = micro_batch_of([[0, 1, 2]], [[IGNORED] * 3])
+    loss = TargetLoss(model, kind).sum(model, micro_batch)
+    assert loss.item() == 0.0
+    assert all(not gradient.any() for gradient in gradients_of(model, loss).values())
+
+
+def test_bf16_multiplies_in_bf16_and_sums_in_float32(tmp_path):
+    model = build(tmp_path)
+    micro_batch = draw_micro_batch(rows=1, vocabulary_size=1000)
+    exact = TargetLoss(model, "chunked").sum(model, micro_batch)
+    wanted = gradients_of(model, exact)["lm_head.weight"]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = TargetLoss(model, "chunked").sum(model, micro_batch)
+    assert loss.dtype == torch.float32
+    assert loss.item() != exact.item()
+    assert loss.item() == pytest.approx(exact.item(), rel=2e-2)
+    got = gradients_of(model, loss)["lm_head.weight"]
+    assert got.dtype == torch.float32
+    assert (got - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_the_head_is_itself_again_even_after_an_error(tmp_path):
+    model = build(tmp_path)
+    micro_batch = draw_micro_batch(rows=1, vocabulary_size=1000)
+    before = compute_logits(model, micro_batch)
+    loss = TargetLoss(model, "chunked")
+    loss.sum(model, micro_batch)
+    with pytest.raises(RuntimeError):
+        loss.sum(model, MicroBatch(micro_batch.input_ids, before, micro_batch.position_ids))
+    assert torch.equal(compute_logits(model, micro_batch), before)
+
+
+@pytest.mark.parametrize(("wanted", "kind"), [("auto", "chunked"), ("torch", "torch")])
+def test_a_cpu_never_holds_all_logits_and_a_name_is_obeyed(tmp_path, wanted, kind):
+    chosen = choose_loss(build(tmp_path), wanted, torch.device("cpu"), 1024, "fp32")
+    assert chosen.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys"),
+    [
+        ("gemma2", {"head_dim": 16, "final_logit_softcapping": 5.0}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere", {"logit_scale": 0.0625}),
+    ],
+)
+def test_a_model_that_changes_its_logits_shows_them(tmp_path, model_type, keys):
+    model = build(tmp_path, model_type=model_type, **keys)
+    cpu = torch.device("cpu")
+    assert choose_loss(model, "auto", cpu, 1024, "fp32").kind == "logits"
+    with pytest.raises(ConfigError, match="loss: chunked does not fit this model: it gives"):
+        choose_loss(model, "chunked", cpu, 1024, "fp32")
+
+
+def test_a_kind_that_is_not_here_is_an_error(tmp_path, monkeypatch):
+    model, cpu = build(tmp_path), torch.device("cpu")
+    with pytest.raises(ConfigError, match="loss: liger needs a GPU and liger-kernel; use auto"):
+        choose_loss(model, "liger", cpu, 1024, "fp32")
+    monkeypatch.delattr(F, "linear_cross_entropy")
+    with pytest.raises(ConfigError, match=r"loss: torch needs torch 2\.13 or newer; use auto"):
+        choose_loss(model, "torch", cpu, 1024, "fp32")
+
+
+LARGE = """
+import resource, torch
+from qloop.model.loss import LinearTargetLoss, _count_rows
+torch.manual_seed(0)
+hidden = torch.randn(8192, 16, requires_grad=True)
+weight = torch.randn(152_064, 16, requires_grad=True)
+labels = torch.randint(152_064, (8192,))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rows = _count_rows(152_064, "cuda")
+LinearTargetLoss.apply(hidden, weight, None, labels, rows, torch.float32).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_a_vocabulary_of_152_thousand_at_8_thousand_tokens_takes_less_than_a_gigabyte():
+    """All logits would be 5 GB; in chunks as large as a GPU gets them."""
+    ran = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
+    assert 0 < int(ran.stdout) < 1e9

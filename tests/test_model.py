@@ -23,7 +23,6 @@ from workspace import ARCHITECTURES, write_model_config
 from qloop.config import LoraConfig, ModelConfig
 from qloop.data.batches import MicroBatch
 from qloop.errors import CheckpointError, ConfigError
-from qloop.model.attention import check_isolation, measure_isolation
 from qloop.model.build import (
     build_model,
     check_sizes,
@@ -33,6 +32,7 @@ from qloop.model.build import (
     load_model_config,
     load_tokenizer,
 )
+from qloop.model.isolation import check_isolation, measure_isolation
 from qloop.model.loss import compute_logits, next_token_loss, predict
 
 CPU = torch.device("cpu")
@@ -57,6 +57,7 @@ HYBRID = {
 }
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+both_attentions = pytest.mark.parametrize("attention", ["documents", "sdpa"])
 every_method = pytest.mark.parametrize("method", METHODS)
 both_adapters = pytest.mark.parametrize("method", ["lora", "qlora"])
 
@@ -127,6 +128,16 @@ def draw_row(rows: int = 1, seed: int = 0) -> MicroBatch:
     )
 
 
+def cut(row: MicroBatch, here: slice) -> MicroBatch:
+    tensors = (row.input_ids, row.labels, row.position_ids)
+    return MicroBatch(*(tensor[:, here] for tensor in tensors))
+
+
+def attending(model, attention: str):
+    model.set_attn_implementation(attention)
+    return model
+
+
 def sum_losses_alone(model, row: MicroBatch) -> float:
     """Runs each document by itself, as anyone would; transformers makes the positions."""
     total = 0.0
@@ -193,16 +204,19 @@ def save_adapters(model, folder: Path) -> Path:
 
 
 @every_architecture
-def test_documents_in_a_row_do_not_see_each_other(tmp_path, architecture):
-    model = build(write_model_config(tmp_path, architecture))
+@both_attentions
+def test_documents_in_a_row_do_not_see_each_other(tmp_path, architecture, attention):
+    model = attending(build(write_model_config(tmp_path, architecture)), attention)
     measured = measure_isolation(model, VOCABULARY, "fp32")
     assert measured.swapped <= 1e-6
     assert measured.alone < 1e-5
 
 
 @every_architecture
-def test_large_weights_do_not_make_them_see_each_other(bases, architecture):
-    measured = check_isolation(build(bases(architecture)), VOCABULARY, "fp32")
+@both_attentions
+def test_large_weights_do_not_make_them_see_each_other(bases, architecture, attention):
+    model = attending(build(bases(architecture)), attention)
+    measured = check_isolation(model, VOCABULARY, "fp32")
     assert measured.swapped <= 1e-6
     assert measured.alone < 1e-5
 
@@ -219,12 +233,14 @@ def test_a_forward_and_backward_pass_gives_every_weight_a_finite_gradient(bases,
 
 
 @every_architecture
+@both_attentions
 def test_the_packed_loss_is_the_sum_of_the_documents_losses_under_eager_attention(
-    bases, architecture
+    bases, architecture, attention
 ):
     eager, model = build(bases(architecture), attention="eager"), build(bases(architecture))
     assert eager.config._attn_implementation == "eager"
     assert model.config._attn_implementation == "sdpa"
+    attending(model, attention)
     row = draw_row()
     packed = next_token_loss(model, row).item()
     assert packed == pytest.approx(sum_losses_alone(eager, row), rel=1e-5)
@@ -239,8 +255,9 @@ def test_that_comparison_would_see_documents_run_together(bases, architecture):
 
 
 @pytest.mark.parametrize("architecture", WINDOWED)
-def test_that_comparison_would_see_a_lost_sliding_window(bases, architecture):
-    model, row = build(bases(architecture)), draw_row()
+@both_attentions
+def test_that_comparison_would_see_a_lost_sliding_window(bases, architecture, attention):
+    model, row = attending(build(bases(architecture)), attention), draw_row()
     windowless = bases(architecture, sliding_window=None)
     assert_equal(dict(build(windowless).named_parameters()), dict(model.named_parameters()))
     packed = next_token_loss(model, row).item()
@@ -248,14 +265,14 @@ def test_that_comparison_would_see_a_lost_sliding_window(bases, architecture):
 
 
 @every_architecture
-def test_packing_leaves_the_gradient_as_it_is(bases, architecture):
+@both_attentions
+def test_packing_leaves_the_gradient_as_it_is(bases, architecture, attention):
     packed, alone = build(bases(architecture)), build(bases(architecture), attention="eager")
+    attending(packed, attention)
     row, begin = draw_row(), 0
     next_token_loss(packed, row).backward()
     for length in LENGTHS:
-        here = slice(begin, begin + length)
-        tensors = (row.input_ids, row.labels, row.position_ids)
-        next_token_loss(alone, MicroBatch(*(tensor[:, here] for tensor in tensors))).backward()
+        next_token_loss(alone, cut(row, slice(begin, begin + length))).backward()
         begin += length
     for mine, other in zip(packed.parameters(), alone.parameters(), strict=True):
         scale = other.grad.abs().max().item()
@@ -293,7 +310,7 @@ def test_a_model_whose_documents_see_each_other_is_refused(tmp_path, architectur
 def test_a_mask_or_a_cache_makes_documents_see_each_other_and_no_error_tells(bases, trap):
     """The reason why `compute_logits` passes neither; the last document has 7 tokens."""
     model, row = build(bases()), draw_row()
-    alone = logits_of(model, MicroBatch(*(t[:, -7:] for t in vars(row).values())))
+    alone = logits_of(model, cut(row, slice(-7, None)))
     ours = logits_of(model, row)[:, -7:]
     with torch.no_grad():
         trapped = model(input_ids=row.input_ids, position_ids=row.position_ids, **trap)
@@ -564,7 +581,7 @@ def test_layers_trained_whole_are_fp32_though_the_base_is_bf16(bases, method):
 
 def test_layers_trained_whole_get_a_gradient_under_autocast(bases):
     model = build(bases(), "lora", "bf16", modules_to_save=("lm_head",))
-    row = MicroBatch(*(tensor[:, :5] for tensor in vars(draw_row()).values()))
+    row = cut(draw_row(), slice(5))
     with torch.autocast("cpu", torch.bfloat16):
         next_token_loss(model, row).backward()
     gradient = model.base_model.model.lm_head.modules_to_save["default"].weight.grad

@@ -47,7 +47,7 @@ class ZeroEngine(Engine):
 
             norm = combine_grad_norm_groups(self._zero._get_norm_groups())
         # A group whose norm is not finite is -1 there.
-        return torch.where(norm >= 0, norm, torch.inf)
+        return torch.where(norm >= 0, norm, torch.inf).to(self.accelerator.device)
 
     def clip_gradients(self, max_grad_norm: float, grad_norm: torch.Tensor) -> None:
         """Leaves it to the step, which clips by the same limit."""

@@ -1,84 +1,265 @@
-"""Checks on the real model that documents packed into one row do not see each other.
+"""Attention over packed documents without a mask: each query sees its own document only.
 
-Packed rows are told apart by their `position_ids` alone: where they start anew, transformers builds
-a mask that ends there, with each model's own sliding window and scale, provided that no other mask
-and no cache is passed. Models that keep a state instead (linear attention, convolution), or that
-read no positions, leak; no error tells. So every run asks its model first.
+Where documents start and end is one small tensor, `boundaries`: places in the flattened batch, the
+first 0 and the last its size. Two documents of 3 and 5 tokens in a row of 8, then one of 8:
+
+    boundaries  0 3 8 16
+
+It goes to every layer under the names that transformers has for its own packed kernels. On a GPU
+`varlen_attn` of torch reads it (flash attention, bf16 only); on a CPU each document is a call of
+its own. Both are operators to `torch.compile`, which sees a tensor and never the layout, so that
+no layout compiles anything anew. The work grows with the documents' squares, not the block's.
 """
 
-from typing import NamedTuple
+import contextlib
+import functools
+import inspect
+import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
 
-from qloop.errors import ConfigError
+from qloop.data.batches import MicroBatch
 
-_LENGTHS = (24, 40)
-"""Tokens of the document in front and of the one that is watched."""
+DOCUMENTS = "documents"
+"""The name of this attention, in transformers and in the config."""
 
-
-class Isolation(NamedTuple):
-    """Largest change of a document's logits, as a share of its largest logit."""
-
-    swapped: float
-    """When another document stands in front of it: 0 but for rounding."""
-    alone: float
-    """When nothing stands in front of it: small, as other kernels may run."""
+_CHANGING = ("softcap", "s_aux", "sinks", "position_bias", "head_mask")
+"""What some models pass to their attention that changes its result, and is not done here."""
 
 
-def measure_isolation(model: PreTrainedModel, vocabulary_size: int, precision: str) -> Isolation:
-    """Measures how far a packed document's logits depend on its neighbour in the row."""
-    generator = torch.Generator().manual_seed(0)
-    device = next(model.parameters()).device
-
-    def draw(length: int) -> torch.Tensor:
-        return torch.randint(vocabulary_size, (1, length), generator=generator).to(device)
-
-    front, other_front, watched = draw(_LENGTHS[0]), draw(_LENGTHS[0]), draw(_LENGTHS[1])
-    positions = [torch.arange(length, device=device)[None] for length in _LENGTHS]
-
-    def logits_behind(document: torch.Tensor) -> torch.Tensor:
-        row = torch.cat([document, watched], dim=1)
-        return _logits(model, row, torch.cat(positions, dim=1))[:, _LENGTHS[0] :]
-
-    was_training = model.training
-    model.eval()
-    uses_bf16 = precision == "bf16"
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16):
-        packed = logits_behind(front)
-        swapped = (packed - logits_behind(other_front)).abs().max()
-        alone = (packed - _logits(model, watched, positions[1])).abs().max()
-    model.train(was_training)
-    scale = packed.abs().max().clamp_min(1e-6)
-    return Isolation(float(swapped / scale), float(alone / scale))
+def why_not_documents(model: PreTrainedModel, device: torch.device, precision: str) -> str | None:
+    """Says why this model, here, has to keep transformers' own attention; None if it need not."""
+    config = model.config.get_text_config()
+    if device.type not in ("cpu", "cuda"):
+        return f"there is none for {device.type}"
+    if device.type == "cuda" and precision != "bf16":
+        return "on a GPU it computes in bf16 only"
+    dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
+    if dropout:
+        return f"the model drops attention weights ({dropout})"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{model.config.model_type} takes none but its own"
+    return None
 
 
-def check_isolation(model: PreTrainedModel, vocabulary_size: int, precision: str) -> Isolation:
-    """Refuses a model whose packed documents see each other.
+def attention_inputs(model: Any, micro_batch: MicroBatch) -> dict[str, Any]:
+    """Gives what the model's attention wants to know of the documents; nothing if it asks not."""
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
+    if implementation != DOCUMENTS and not implementation.startswith("flash_attention"):
+        return {}
+    length = micro_batch.input_ids.shape[1]  # not the longest document: that would change
+    return {
+        "cu_seq_lens_q": micro_batch.boundaries,
+        "cu_seq_lens_k": micro_batch.boundaries,
+        "max_length_q": length,
+        "max_length_k": length,
+    }
 
-    In fp32, models that isolate measure at most 3e-7 (swapped) and 1e-6 (alone); those that leak
-    measured 1e-4 and more, even with random weights.
+
+@contextlib.contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Has the model attend by transformers' code for a while, which knows caches and masks."""
+    implementation = model.config._attn_implementation
+    if implementation != DOCUMENTS:
+        yield
+        return
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(DOCUMENTS)
+
+
+def attend_to_documents(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int = 0,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attends as a layer of transformers asks it to; see `transformers.AttentionInterface`.
+
+    Args:
+        module: The layer.
+        query: [batch, heads, sequence, size of a head].
+        key: [batch, key heads, sequence, size of a head].
+        value: As key.
+        attention_mask: Must be None.
+        scaling: Of the scores; 1 / sqrt(size of a head) if None.
+        dropout: Must be 0.
+        sliding_window: A token sees so many, itself among them; None: its whole document.
+        cu_seq_lens_q: The boundaries, int32.
+        max_length_q: At least the longest document's length.
+        others: What is passed and changes nothing.
+
+    Returns:
+        [batch, sequence, heads, size of a head], and no weights.
 
     Raises:
-        ConfigError: With the model's type and what was measured.
+        ValueError: The layer asks for what is not done here.
     """
-    measured = measure_isolation(model, vocabulary_size, precision)
-    limits = Isolation(1e-5, 1e-3) if precision == "fp32" else Isolation(1e-3, 5e-2)
-    # Written so that NaN fails too.
-    if measured.swapped <= limits.swapped and measured.alone <= limits.alone:
-        return measured
-    raise ConfigError(
-        f"model_name: {model.config.model_type} lets packed documents see each other: with another "
-        f"document in front, logits change by {measured.swapped:.1e} of their size (limit "
-        f"{limits.swapped:.0e}), with none by {measured.alone:.1e} (limit {limits.alone:.0e}); "
-        "it keeps a state over the row or reads no position_ids, and cannot be trained on packed "
-        "blocks; choose a model with plain attention, or try --attention eager"
+    given = [name for name in _CHANGING if others.get(name) is not None]
+    if attention_mask is not None or dropout or given or cu_seq_lens_q is None:
+        raise ValueError(f"attention over documents does no mask, dropout or {' '.join(given)}")
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.device.type == "cpu":
+        window = sliding_window or 0
+        attended, _ = attend(query, key, value, cu_seq_lens_q, scale, window)
+        return attended, None
+    batch, _, length, _ = query.shape
+    # Rows lie behind each other, so that this is a view.
+    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    attended = _varlen_attn()(
+        *flat,
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scale,
+        window_size=(sliding_window - 1 if sliding_window else -1, 0),
     )
+    return attended.reshape(batch, length, *attended.shape[1:]), None
 
 
-def _logits(
-    model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor
-) -> torch.Tensor:
-    output = model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    logits: torch.Tensor = output.logits
-    return logits.float()
+@functools.cache
+def _varlen_attn() -> Any:
+    """Torch's own, told of fewer key heads than query heads where it wants to be told."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    wants_to_know = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return functools.partial(varlen_attn, enable_gqa=True) if wants_to_know else varlen_attn
+
+
+@torch.library.custom_op("qloop::attend", mutates_args=())
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    scale: float,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attends within each document on a CPU.
+
+    Returns:
+        [batch, sequence, heads, size], and the log of each query's sum of exponentials, float32,
+        [batch, heads, sequence].
+    """
+    batch, heads, length, size = query.shape
+    attended = query.new_empty(batch, length, heads, size)
+    log_sums = query.new_empty(batch, heads, length, dtype=torch.float32)
+    for row, here in _documents(boundaries, length):
+        grouped = _grouped(query, key, value, row, here)
+        mask = _window_mask(here.stop - here.start, window, query.dtype)
+        out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *grouped, 0.0, mask is None, attn_mask=mask, scale=scale
+        )
+        attended[row, here] = out.flatten(0, 1).transpose(0, 1)
+        log_sums[row, :, here] = sums.flatten(0, 1)
+    return attended, log_sums
+
+
+@torch.library.custom_op("qloop::attend_backward", mutates_args=())
+def attend_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attended: torch.Tensor,
+    log_sums: torch.Tensor,
+    boundaries: torch.Tensor,
+    scale: float,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gives the gradients of query, key and value."""
+    of_query, of_key, of_value = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    groups, size = (key.shape[1], query.shape[1] // key.shape[1]), query.shape[3]
+    for row, here in _documents(boundaries, query.shape[2]):
+        grouped = _grouped(query, key, value, row, here)
+        mask = _window_mask(here.stop - here.start, window, query.dtype)
+        given, out = (
+            t[row, here].transpose(0, 1).reshape(*groups, -1, size) for t in (gradient, attended)
+        )
+        sums = log_sums[row, :, here].reshape(*groups, -1)
+        slopes = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            given, *grouped, out, sums, 0.0, mask is None, attn_mask=mask, scale=scale
+        )
+        of_query[row, :, here] = slopes[0].flatten(0, 1)
+        of_key[row, :, here] = slopes[1].sum(1)  # over the queries that share a key
+        of_value[row, :, here] = slopes[2].sum(1)
+    return of_query, of_key, of_value
+
+
+@attend.register_fake
+def _attend_shapes(
+    query: Any, key: Any, value: Any, boundaries: Any, scale: Any, window: Any
+) -> Any:
+    batch, heads, length, size = query.shape
+    attended = query.new_empty(batch, length, heads, size)
+    return attended, query.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+@attend_backward.register_fake
+def _attend_backward_shapes(gradient: Any, query: Any, key: Any, value: Any, *others: Any) -> Any:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+
+
+def _keep_for_backward(ctx: Any, inputs: Any, output: Any) -> None:
+    query, key, value, boundaries, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(query, key, value, *output, boundaries)
+
+
+def _differentiate(ctx: Any, gradient: torch.Tensor, _: Any) -> Any:
+    gradients = attend_backward(gradient, *ctx.saved_tensors, ctx.scale, ctx.window)
+    return (*gradients, None, None, None)
+
+
+attend.register_autograd(_differentiate, setup_context=_keep_for_backward)
+
+
+def _documents(boundaries: torch.Tensor, length: int) -> Iterator[tuple[int, slice]]:
+    """Yields each document's row and its place there; none goes over a row's end."""
+    places = boundaries.tolist()
+    for begin, end in itertools.pairwise(places):
+        row, column = divmod(begin, length)
+        yield row, slice(column, column + end - begin)
+
+
+def _grouped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: int, here: slice
+) -> list[torch.Tensor]:
+    """Gives one document's [key heads, queries of a key, tokens, size]; keys are not copied."""
+    shared = query.shape[1] // key.shape[1]
+    queries = query[row, :, here].reshape(key.shape[1], shared, -1, query.shape[3])
+    return [queries, *(t[row, :, None, here].expand(-1, shared, -1, -1) for t in (key, value))]
+
+
+def _window_mask(length: int, window: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """Gives what to add to the scores of a document longer than the window; else nothing."""
+    if not 0 < window < length:
+        return None
+    places = torch.arange(length)
+    behind = places[:, None] - places
+    hidden = (behind < 0) | (behind >= window)
+    return torch.zeros(length, length, dtype=dtype).masked_fill_(hidden, -torch.inf)
+
+
+def _no_mask(*arguments: Any, **options: Any) -> None:
+    """Makes no mask: the boundaries say all that it would."""
+
+
+AttentionInterface.register(DOCUMENTS, attend_to_documents)
+AttentionMaskInterface.register(DOCUMENTS, _no_mask)

@@ -493,7 +493,9 @@ def _is_4_bit(module: torch.nn.Module) -> bool:
 
 
 def _attention(config: ModelConfig) -> dict[str, Any]:
-    return {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    """What transformers is told; `documents` is set, and checked, on the model that was built."""
+    own = config.attention in ("auto", "documents")
+    return {} if own else {"attn_implementation": config.attention}
 
 
 def _cannot_load(key: str, name: str, what: str, error: Exception) -> str:

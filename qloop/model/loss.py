@@ -1,11 +1,35 @@
-"""The loss: a sum over targets, in nats, to be divided by the targets of the whole step."""
+"""The loss: a sum over targets, in nats, to be divided by the targets of the whole step.
 
-from typing import NamedTuple
+Logits are the largest tensor of a small model: 8192 tokens of a vocabulary of 152,064 are 5 GB in
+float32, and as much again for their gradient. So the output layer is asked for the loss and not for
+logits: while the model runs, its head gives the sum over targets, worked out some rows at a time,
+together with the gradients, so that no row's logits are kept or computed twice.
+
+    kind      how                                                        heads
+    logits    all logits, torch's cross-entropy: the reference           all
+    chunked   some rows at a time, here                                  all
+    torch     torch.nn.functional.linear_cross_entropy, from torch 2.13  plain linear layers
+    liger     the Triton kernel of liger-kernel, on a GPU                plain linear layers
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from qloop.data.batches import IGNORED, MicroBatch
+from qloop.errors import ConfigError
+from qloop.model.attention import attention_inputs
+
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+"""Logits at a time: on a CPU what its cache nearly holds, on a GPU what keeps it busy."""
+
+SMALL_LOGITS_BYTES = 2**28
+"""Below this a GPU is faster with all logits at once."""
 
 
 class Prediction(NamedTuple):
@@ -22,27 +46,311 @@ def compute_logits(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Ten
 
     No cache and no mask: with either, transformers stops telling packed documents apart.
     """
-    logits: torch.Tensor = model(
-        input_ids=micro_batch.input_ids, position_ids=micro_batch.position_ids, use_cache=False
-    ).logits
-    return logits.float()
+    return _run(model, model, micro_batch).float()
 
 
 def next_token_loss(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-    """Sums the cross-entropy over a micro-batch's targets, in nats.
+    """Sums the cross-entropy over a micro-batch's targets, in nats: the reference.
 
     Labels are shifted already: position i's label is the token after it in its document.
     """
-    logits = compute_logits(model, micro_batch)
-    return F.cross_entropy(
-        logits.flatten(0, 1), micro_batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return _sum_of_logits(compute_logits(model, micro_batch), micro_batch.labels)
 
 
 def predict(model: torch.nn.Module, micro_batch: MicroBatch) -> Prediction:
-    """Sums loss and right answers over a micro-batch's targets, in float64."""
+    """Sums loss and right answers over a micro-batch's targets, in float64: the reference."""
     logits = compute_logits(model, micro_batch).flatten(0, 1)
-    labels = micro_batch.labels.flatten()
-    losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    return Prediction(*_score(logits, micro_batch.labels.flatten()))
+
+
+class TargetLoss:
+    """The loss of a model, in one of its kinds."""
+
+    def __init__(self, model: Any, kind: str) -> None:
+        """Takes the model without wrappers; see `choose_loss`."""
+        self.kind = kind
+        self._plain = model
+        self._head: Any = None if kind == "logits" else model.get_output_embeddings()
+
+    def sum(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+        """Sums the cross-entropy over a micro-batch's targets, in nats.
+
+        Args:
+            model: As prepared, or without wrappers.
+            micro_batch: On the model's device.
+        """
+        if self._head is None:
+            return _sum_of_logits(_run(model, self._plain, micro_batch), micro_batch.labels)
+        head_forward, labels = self._head.forward, micro_batch.labels.flatten()
+        if type(self._head).forward is torch.nn.Linear.forward:  # and neither 4 bits nor adapters
+            at_head = functools.partial(_sum_of_linear, self.kind, self._head, labels)
+        else:
+            at_head = functools.partial(_sum_of_any, head_forward, labels, self._num_rows())
+        return self._run_to_head(model, micro_batch, at_head)[0]
+
+    def predict(self, model: torch.nn.Module, micro_batch: MicroBatch) -> Prediction:
+        """Sums loss and right answers over a micro-batch's targets, in float64; no gradients."""
+        labels = micro_batch.labels.flatten()
+        if self._head is None:
+            logits = _run(model, self._plain, micro_batch).flatten(0, 1)
+            return Prediction(*_score(logits, labels))
+        at_head = functools.partial(_score_rows, self._head.forward, labels, self._num_rows())
+        return Prediction(*self._run_to_head(model, micro_batch, at_head))
+
+    def _num_rows(self) -> int:
+        return _count_rows(self._plain.config.get_text_config().vocab_size, self._plain.device.type)
+
+    def _run_to_head(
+        self,
+        model: torch.nn.Module,
+        micro_batch: MicroBatch,
+        at_head: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Runs the model with a head that gives some numbers instead of logits.
+
+        Within the head, as there its weight is whole, whatever the engine makes of it elsewhere.
+        """
+        head = self._head
+        before = vars(head).get("forward")
+        head.forward = lambda hidden: at_head(hidden.flatten(0, -2)).reshape(1, 1, -1)
+        try:
+            return _run(model, self._plain, micro_batch)[0, 0]
+        finally:
+            if before is None:
+                del head.forward
+            else:
+                head.forward = before
+
+
+def choose_loss(
+    model: Any, wanted: str, device: torch.device, tokens: int, precision: str
+) -> TargetLoss:
+    """Chooses the kind, and tries it on the model.
+
+    Models that change logits after the head (a cap, a scale) have to show them; no error tells, so
+    a few tokens are computed both ways.
+
+    Args:
+        model: Without wrappers, on the device.
+        wanted: The config's `loss`.
+        device: Where it is trained.
+        tokens: Of a micro-batch.
+        precision: `bf16` or `fp32`.
+
+    Raises:
+        ConfigError: The kind that was asked for cannot be had, or gives another loss.
+    """
+    vocabulary_size = model.config.get_text_config().vocab_size
+    kind = _choose_kind(wanted, device, tokens * vocabulary_size * 4)
+    loss = TargetLoss(model, "logits")
+    if kind == "logits":
+        return loss
+    if not isinstance(model.get_output_embeddings(), torch.nn.Module):
+        return _only_if_auto(wanted, loss, "the model does not say which layer is its head")
+    candidate = TargetLoss(model, kind)
+    ids = torch.arange(24)[None] % vocabulary_size
+    row = MicroBatch(ids, ids.roll(-1), torch.arange(24)[None]).to(device)
+    was_training = model.training
+    model.eval()
+    uses_bf16 = precision == "bf16"
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16):
+        expected, got = (float(some.sum(model, row)) for some in (loss, candidate))
+    model.train(was_training)
+    if abs(got - expected) <= (2e-2 if uses_bf16 else 1e-4) * abs(expected):  # so that NaN fails
+        return candidate
+    return _only_if_auto(wanted, loss, f"it gives {got:.6g} where logits give {expected:.6g}")
+
+
+def _only_if_auto(wanted: str, loss: TargetLoss, reason: str) -> TargetLoss:
+    if wanted == "auto":
+        return loss
+    raise ConfigError(f"loss: {wanted} does not fit this model: {reason}; use auto or logits")
+
+
+def _choose_kind(wanted: str, device: torch.device, logits_bytes: int) -> str:
+    has = {
+        "torch": hasattr(F, "linear_cross_entropy"),
+        "liger": device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None,
+    }
+    if wanted != "auto":
+        if not has.get(wanted, True):
+            needs = {"torch": "torch 2.13 or newer", "liger": "a GPU and liger-kernel"}[wanted]
+            raise ConfigError(f"loss: {wanted} needs {needs}; use auto")
+        return wanted
+    if device.type == "cpu":
+        return "chunked"
+    if logits_bytes < SMALL_LOGITS_BYTES:
+        return "logits"
+    return next((kind for kind in ("liger", "torch") if has[kind]), "chunked")
+
+
+def _run(model: torch.nn.Module, plain: Any, micro_batch: MicroBatch) -> torch.Tensor:
+    logits: torch.Tensor = model(
+        input_ids=micro_batch.input_ids,
+        position_ids=micro_batch.position_ids,
+        use_cache=False,
+        **attention_inputs(plain, micro_batch),
+    ).logits
+    return logits
+
+
+def _sum_of_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(
+        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def _score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sums loss and right answers, in float64. [2]."""
+    losses = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
     # IGNORED is no token id, so that it is never counted as right.
-    return Prediction(losses.double().sum(), (logits.argmax(dim=-1) == labels).sum())
+    correct = (logits.argmax(dim=-1) == labels).sum()
+    return torch.stack([losses.double().sum(), correct.double()])
+
+
+def _score_rows(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    labels: torch.Tensor,
+    num_rows: int,
+    hidden: torch.Tensor,
+) -> torch.Tensor:
+    parts = zip(torch.split(hidden, num_rows), torch.split(labels, num_rows), strict=True)
+    return torch.stack([_score(head(some), targets) for some, targets in parts]).sum(dim=0)
+
+
+def _sum_of_any(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    labels: torch.Tensor,
+    num_rows: int,
+    hidden: torch.Tensor,
+) -> torch.Tensor:
+    """Sums the loss under a head of any kind; its logits are computed again in the backward."""
+
+    def sum_of_rows(some: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return _sum_of_logits(head(some), targets)
+
+    parts = zip(torch.split(hidden, num_rows), torch.split(labels, num_rows), strict=True)
+    sums = [checkpoint(sum_of_rows, *part, use_reentrant=False) for part in parts]
+    return torch.stack(sums).sum()
+
+
+def _sum_of_linear(
+    kind: str, head: torch.nn.Linear, labels: torch.Tensor, hidden: torch.Tensor
+) -> torch.Tensor:
+    device = hidden.device.type
+    uses_autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if uses_autocast else head.weight.dtype
+    with torch.autocast(device, enabled=False):
+        if kind == "chunked":
+            num_rows = _count_rows(head.out_features, device)
+            loss_sum: torch.Tensor = LinearTargetLoss.apply(  # type: ignore[no-untyped-call]
+                hidden, head.weight, head.bias, labels, num_rows, dtype
+            )
+            return loss_sum
+        bias = None if head.bias is None else head.bias.to(dtype)
+        return _PEERS[kind](hidden.to(dtype), head.weight.to(dtype), labels, bias)
+
+
+def _sum_by_torch(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    # Gradients of the weight are summed over chunks in fp32, as they are over micro-batches.
+    options = torch.nn.LinearCrossEntropyOptions(acc_policy="balanced")
+    return F.linear_cross_entropy(
+        hidden, weight, labels, linear_bias=bias, reduction="sum", options=options
+    )
+
+
+def _sum_by_liger(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(
+        ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32
+    )
+    loss_sum: torch.Tensor = loss(weight, hidden, labels, bias)
+    return loss_sum
+
+
+_PEERS = {"torch": _sum_by_torch, "liger": _sum_by_liger}
+
+
+def _count_rows(vocabulary_size: int, device: str) -> int:
+    """Says for how many tokens logits are computed at a time."""
+    return max(64, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // vocabulary_size)
+
+
+class LinearTargetLoss(torch.autograd.Function):
+    """The sum over targets of cross_entropy(hidden @ weight.T + bias), some rows at a time.
+
+    The gradient of a target's logits is softmax - 1 at the target; it is turned into the gradients
+    of hidden state and weight while the logits are there, and only multiplied in the backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        num_rows: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Sums the loss, float32, and prepares the gradients.
+
+        Args:
+            ctx: Torch's.
+            hidden: [tokens, hidden size].
+            weight: [vocabulary, hidden size].
+            bias: [vocabulary], or None.
+            labels: [tokens], or IGNORED.
+            num_rows: Tokens at a time.
+            dtype: What matrices are multiplied in; sums are float32.
+        """
+        needs = ctx.needs_input_grad[:3]
+        matrix = weight.to(dtype)
+        offset = None if bias is None else bias.to(dtype)
+        of_hidden = torch.empty_like(hidden) if needs[0] else None
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
+        of_bias = weight.new_zeros(len(weight), dtype=torch.float32) if needs[2] else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for first in range(0, len(hidden), num_rows):
+            here = slice(first, first + num_rows)
+            states, ids = hidden[here].to(dtype), labels[here, None]
+            is_ignored = ids == IGNORED
+            ids = ids.masked_fill(is_ignored, 0)
+            logits = F.linear(states, matrix, offset).float()
+            highest = logits.amax(dim=1, keepdim=True)
+            right = logits.gather(1, ids)
+            sums = logits.sub_(highest).exp_().sum(dim=1, keepdim=True)
+            total += (sums.log() + highest - right).masked_fill_(is_ignored, 0.0).sum()
+            if not any(needs):
+                continue
+            slopes = logits.div_(sums).scatter_add_(1, ids, torch.full_like(sums, -1.0))
+            slopes.masked_fill_(is_ignored, 0.0)
+            if of_bias is not None:
+                of_bias += slopes.sum(dim=0)
+            slopes = slopes.to(dtype)
+            if of_hidden is not None:
+                of_hidden[here] = slopes @ matrix
+            if of_weight is not None:
+                if dtype == torch.float32:
+                    of_weight.addmm_(slopes.T, states)
+                else:
+                    of_weight += slopes.T @ states
+        ctx.gradients = (of_hidden, of_weight, of_bias)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> Any:
+        """Scales the gradients, in place: there is one backward pass."""
+        gradients, ctx.gradients = ctx.gradients, None
+        assert gradients is not None, "the loss was differentiated twice"
+        scaled = [
+            None if gradient is None else gradient.mul_(slope).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None)

@@ -17,6 +17,7 @@ if "true" in (os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEE
 
 import torch
 
+import qloop.assembly
 import qloop.model.build
 import qloop.peers
 import qloop.train
@@ -41,9 +42,19 @@ def at_step(function: Callable, change: Callable, micro_batches: int = 4) -> Cal
     return changed
 
 
+def change_losses(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    choose_loss = qloop.assembly.choose_loss
+
+    def choose_spoilt(*values):
+        loss = choose_loss(*values)
+        loss.sum = at_step(loss.sum, change)
+        return loss
+
+    qloop.assembly.choose_loss = choose_spoilt
+
+
 def nan_loss() -> None:
-    loss = qloop.train.next_token_loss
-    qloop.train.next_token_loss = at_step(loss, lambda value: value * torch.nan)
+    change_losses(lambda value: value * torch.nan)
 
 
 def infinite_gradient() -> None:
@@ -53,7 +64,7 @@ def infinite_gradient() -> None:
         value.register_hook(lambda gradient: gradient * torch.inf)
         return value
 
-    qloop.train.next_token_loss = at_step(qloop.train.next_token_loss, spoil)
+    change_losses(spoil)
 
 
 def full_disk() -> None:

@@ -72,7 +72,7 @@ def test_a_second_start_is_refused_while_the_first_runs_and_works_after_its_kill
     run.process.wait()
     run.process = run.start()
     deadline = time.monotonic() + 60
-    while run.log.read_text().count("isolation") < 2:  # the opening lines, for the second time
+    while run.log.read_text().count("attention  ") < 2:  # the opening lines, for the second time
         assert run.process.poll() is None, run.log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
