@@ -30,6 +30,7 @@ from qloop.engines.build import (
 from qloop.engines.engine import Engine
 from qloop.errors import ConfigError, DataError, QloopError, telling_of_disk_errors
 from qloop.lock import RunLock
+from qloop.model.activations import keep_activations
 from qloop.model.build import (
     build_encoder,
     build_model,
@@ -50,6 +51,7 @@ from qloop.report.ledger import describe_corpus, describe_ledger
 from qloop.report.reporter import Reporter
 from qloop.resume import Step, choose_checkpoint, divide_step, refuse_other_origins
 from qloop.run_directory import RunDirectory, locate_run, write_json
+from qloop.warmup import compile_and_warm_up, compiles
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ def _assemble(
         reads_weights=reads_weights(accelerator),
     )
     model = on_all(accelerator, build)
+    activations = choose_activations(config, accelerator)
+    keep_activations(model, activations, config.model.offload_activations)
     model_line = describe_model(config.model, model, precision, accelerator)
     fingerprints = {
         "corpus": corpus.fingerprint,
@@ -185,6 +189,16 @@ def _assemble(
     )
     if checkpoint:
         on_all(accelerator, functools.partial(restore, engine, checkpoint))
+    reader = StepReader(
+        corpus.train, index, step.blocks, step.accumulation, accelerator.process_index,
+        accelerator.num_processes, config.run.seed, pins=accelerator.device.type == "cuda",
+    )  # fmt: skip
+    speed_lines = [f"loss       {loss.kind}; gradient checkpointing {activations}"]
+    micro_batches_left = (last_step - progress.step) * step.accumulation
+    if micro_batches_left and compiles(config.model, accelerator, engine, micro_batches_left):
+        micro_batch = reader.read(progress.blocks_seen).micro_batches[0]
+        is_wanted = config.model.compile is True
+        speed_lines.append(compile_and_warm_up(engine, accelerator, loss, micro_batch, is_wanted))
 
     with telling_of_disk_errors(run.logs):
         report = Reporter(run, config, progress.step, last_step, accelerator.is_main_process)
@@ -199,16 +213,12 @@ def _assemble(
         model_line,
         f"attention  {attention}; packed documents do not see each other (logits move by "
         f"{isolation.swapped:.0e}, alone {isolation.alone:.0e})",
-        f"loss       {loss.kind}",
+        *speed_lines,
         f"steps      {progress.step} of {last_step} made{going_on}",
         *step.notes,
         *checkpoints.warn_of_space(engine, progress.step, last_step),
     ]
     report.say("\n".join(opening_lines))
-    reader = StepReader(
-        corpus.train, index, step.blocks, step.accumulation, accelerator.process_index,
-        accelerator.num_processes, config.run.seed, pins=accelerator.device.type == "cuda",
-    )  # fmt: skip
     return Assembly(
         config, run, lock, accelerator, peers, tokenizer, index, reader, held_out,
         engine.model, loss, engine, step, progress, checkpoints, report, last_step,
@@ -258,6 +268,16 @@ def _load_data(
 
     folder, was_cached = on_main(accelerator, build)
     return on_all(accelerator, lambda: open_all(folder, was_cached))
+
+
+def choose_activations(config: Config, accelerator: Accelerator) -> str:
+    """Says what of the layers' activations is computed again: `off`, `selective` or `full`."""
+    mode = str(config.model.gradient_checkpointing)
+    if mode != "auto":
+        return mode
+    if config.model.offload_activations:
+        return "full"
+    return "off" if accelerator.device.type == "cpu" else "full"
 
 
 def describe_model(

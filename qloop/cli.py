@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -206,7 +206,7 @@ def _build_flag(name: str, field: Any) -> click.Option:
         shown = str(default).lower()
     else:
         shown = "none" if default is None else str(default)
-    is_switch = isinstance(default, bool)
+    is_switch = bool in (field.annotation, *get_args(field.annotation))
     # A switch may stand alone: --wandb. Any other flag takes what follows as its value.
     options: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if is_switch else {}
     return click.Option(

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tomli
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -94,13 +94,27 @@ class ModelConfig(Section):
         description="logits: all at once; the others never hold all: chunked: some rows at a time, "
         "torch: linear_cross_entropy, liger: liger-kernel; auto: by device and size",
     )
-    gradient_checkpointing: bool = Field(
-        True,
-        description="recompute activations in the backward pass: less memory, about 30 % slower",
+    gradient_checkpointing: Literal["auto", "full", "selective", "off"] | bool = Field(
+        "auto",
+        description="computed again in the backward pass: full: whole layers, a third slower; "
+        "selective: all but matrix products; off: nothing; auto: what the memory asks for",
+    )
+    offload_activations: bool = Field(
+        False, description="with gradient_checkpointing full: layers' inputs wait in host memory"
+    )
+    compile: Literal["auto"] | bool = Field(
+        "auto",
+        description="compile the decoder layers before the first step; auto: on a GPU, for runs of "
+        "more than a few steps",
     )
     trust_remote_code: bool = Field(
         False, description="run Python code that the model's repository brings along"
     )
+
+    @field_validator("gradient_checkpointing")
+    @classmethod
+    def _name_switch(cls, value: str | bool) -> str:
+        return value if isinstance(value, str) else "full" if value else "off"
 
 
 class LoraConfig(Section):
@@ -277,7 +291,7 @@ ALIASES = {"base_model": "model_name"}
 # come, which is what making a run longer means.
 MAY_CHANGE = frozenset(
     {
-        *("loss", "gradient_checkpointing"),
+        *("loss", "gradient_checkpointing", "offload_activations"),
         *("experiment_name", "output_dir", "resume", "cache_dir", "max_steps", "num_epochs"),
         *("eval_steps", "eval_batch_size", "num_samples", "sample_tokens", "allow_change"),
         *CheckpointConfig.model_fields,
@@ -484,14 +498,7 @@ def _find_contradictions(
             ("keep_every", "save_steps"),
             f"must be a multiple of save_steps = {save_steps}, got {every}",
         )
-    if model.model_config_file and model.training_method != "full":
-        yield (
-            ("training_method", "model_config_file"),
-            f"{model.training_method} adapts a base, but model_config_file starts from random "
-            "weights; use full, or give model_name instead",
-        )
-    if model.model_config_file and model.tokenizer_name is None:
-        yield ("model_config_file", "tokenizer_name"), "needs tokenizer_name beside it"
+    yield from _find_contradictions_of_model(model)
     if data.train_file and data.dataset_name:
         yield ("train_file", "dataset_name"), "contradicts dataset_name; give one of the two"
     if schedule.min_learning_rate > schedule.learning_rate:
@@ -506,6 +513,28 @@ def _find_contradictions(
             ("warmup_steps", "max_steps"),
             f"must be below max_steps = {schedule.max_steps}, got {schedule.warmup_steps}{default}",
         )
+
+
+def _find_contradictions_of_model(model: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    if model.model_config_file and model.training_method != "full":
+        yield (
+            ("training_method", "model_config_file"),
+            f"{model.training_method} adapts a base, but model_config_file starts from random "
+            "weights; use full, or give model_name instead",
+        )
+    if model.offload_activations and model.gradient_checkpointing not in ("auto", "full"):
+        yield (
+            ("offload_activations", "gradient_checkpointing"),
+            "keeps the inputs of layers that are computed again, but gradient_checkpointing is "
+            f"{model.gradient_checkpointing}; use full",
+        )
+    if model.offload_activations and model.compile is True:
+        yield (
+            ("offload_activations", "compile"),
+            "cannot be compiled; leave one of the two out",
+        )
+    if model.model_config_file and model.tokenizer_name is None:
+        yield ("model_config_file", "tokenizer_name"), "needs tokenizer_name beside it"
 
 
 def _unused(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -13,6 +13,7 @@ from qloop.data.batches import build_micro_batch, count_targets
 from qloop.data.packing import BlockIndex
 from qloop.data.tokens import TokenStore
 from qloop.model.attention import own_attention
+from qloop.model.compilation import uncompiled
 from qloop.model.loss import TargetLoss
 
 _PROMPT_TOKENS = 96
@@ -68,7 +69,7 @@ def evaluate(
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
-    with torch.no_grad():
+    with torch.no_grad(), uncompiled(model):
         for first in range(0, len(index), batch_size * num_ranks):
             begin = first + batch_size * rank
             block_ids = np.arange(begin, min(begin + batch_size, len(index)))
@@ -121,7 +122,12 @@ def sample_completions(
         )
         cut = min(_PROMPT_TOKENS, len(ids) // 2)
         torch.manual_seed(seed + document)
-        with torch.no_grad(), accelerator.autocast(), own_attention(model):
+        with (
+            torch.no_grad(),
+            accelerator.autocast(),
+            own_attention(model),
+            uncompiled(model),
+        ):
             output = model.generate(
                 input_ids=ids[None, :cut].to(accelerator.device),
                 attention_mask=torch.ones(1, cut, dtype=torch.int64, device=accelerator.device),

@@ -245,7 +245,7 @@ def test_typed_flags_are_in_the_config_that_ran(call, tiny_run):
     config = load_config(Path("output/run/config.yaml"), {}).config
     assert config.data.max_seq_length == 64
     assert config.schedule.max_steps == 2
-    assert not config.model.gradient_checkpointing
+    assert config.model.gradient_checkpointing == "off"
 
 
 # Help

@@ -649,10 +649,25 @@ def test_defaults_are_those_of_the_seed():
         "lora_alpha": 32,
         "lora_dropout": 0.1,
         "model_name": "Qwen/Qwen2.5-7B-Instruct",
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": "auto",  # there: on; here: as far as the memory asks for it
         "output_dir": Path("output"),
     }
     assert {name: value_of(Config(), name) for name in seed} == seed
+
+
+@pytest.mark.parametrize(
+    ("typed", "mode"),
+    [("true", "full"), ("false", "off"), ("selective", "selective"), ("auto", "auto")],
+)
+def test_gradient_checkpointing_takes_a_switch_or_a_name(typed, mode):
+    assert load_flags(gradient_checkpointing=typed).model.gradient_checkpointing == mode
+
+
+def test_offloading_what_is_not_recomputed_or_compiled_is_a_contradiction():
+    with pytest.raises(ConfigError, match=r"offload_activations: keeps the inputs.*use full"):
+        load_flags(offload_activations="true", gradient_checkpointing="selective")
+    with pytest.raises(ConfigError, match="offload_activations: cannot be compiled"):
+        load_flags(offload_activations="true", compile="true")
 
 
 # Written and read again
@@ -749,7 +764,8 @@ def test_keys_that_may_change_make_no_other_run():
         "wandb_project": "b",
         "tensorboard": "true",
         "loss": "logits",
-        "gradient_checkpointing": "false",
+        "gradient_checkpointing": "full",
+        "offload_activations": "true",
     }
     assert changed.keys() == MAY_CHANGE
     after = load_flags(**changed)

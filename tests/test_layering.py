@@ -60,6 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.engines.engine",
         "qloop.errors",
         "qloop.lock",
+        "qloop.model.activations",
         "qloop.model.build",
         "qloop.model.isolation",
         "qloop.model.loss",
@@ -71,6 +72,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.report.reporter",
         "qloop.resume",
         "qloop.run_directory",
+        "qloop.warmup",
+    },
+    # Compiling, on a step's own data: of all parts only the engine, the loss and the ranks.
+    "qloop.warmup": {
+        "qloop.config",
+        "qloop.data.batches",
+        "qloop.engines.engine",
+        "qloop.errors",
+        "qloop.model.activations",
+        "qloop.model.compilation",
+        "qloop.model.loss",
+        "qloop.ranks",
+        "qloop.seeds",
     },
     # What a run goes on from: the one part that compares whole configs.
     "qloop.resume": {
@@ -108,6 +122,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.data.packing",
         "qloop.data.tokens",
         "qloop.model.attention",
+        "qloop.model.compilation",
         "qloop.model.loss",
     },
     "qloop.checkpoint.manager": {
@@ -166,6 +181,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.model.loss",
     },
     "qloop.model.loss": {"qloop.data.batches", "qloop.errors", "qloop.model.attention"},
+    "qloop.model.compilation": {"qloop.model.activations"},
+    "qloop.model.activations": {"qloop.errors"},
     "qloop.model.attention": {"qloop.data.batches"},
     "qloop.data.sources": {
         "qloop.config",
@@ -230,7 +247,7 @@ LIBRARIES = {
     "accelerate": Library(
         (
             *("qloop.train", "qloop.assembly", "qloop.evaluate", "qloop.stops"),
-            *("qloop.ranks", "qloop.peers", "qloop.checkpoint", "qloop.engines"),
+            *("qloop.ranks", "qloop.peers", "qloop.checkpoint", "qloop.engines", "qloop.warmup"),
         ),
         inside_functions=False,
     ),

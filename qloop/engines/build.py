@@ -138,7 +138,7 @@ def _set_up_fsdp(accelerator: Accelerator, config: Config) -> None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32
         )
-    if plugin.activation_checkpointing and config.model.gradient_checkpointing:
+    if plugin.activation_checkpointing and config.model.gradient_checkpointing != "off":
         raise ConfigError(
             "accelerate launch: fsdp_activation_checkpointing recomputes what "
             "gradient_checkpointing recomputes already; turn one of them off"

@@ -63,8 +63,7 @@ def attention_inputs(model: Any, micro_batch: MicroBatch) -> dict[str, Any]:
 @contextlib.contextmanager
 def own_attention(model: PreTrainedModel) -> Iterator[None]:
     """Has the model attend by transformers' code for a while, which knows caches and masks."""
-    implementation = model.config._attn_implementation
-    if implementation != DOCUMENTS:
+    if getattr(model.config, "_attn_implementation", None) != DOCUMENTS:
         yield
         return
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")

@@ -176,11 +176,6 @@ def build_model(
             parameter.data = parameter.data.float()
     if checkpoint and config.training_method in ADAPTER_METHODS:
         _load_adapters(model, checkpoint)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # Nothing in a frozen base asks for a gradient before the first adapter; its input has to.
-        if config.training_method in ADAPTER_METHODS:
-            model.enable_input_require_grads()
     return model
 
 
