@@ -277,6 +277,9 @@ def choose_activations(config: Config, accelerator: Accelerator) -> str:
         return mode
     if config.model.offload_activations:
         return "full"
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.activation_checkpointing:
+        return "off"  # FSDP2 does it
     return "off" if accelerator.device.type == "cpu" else "full"
 
 

@@ -66,8 +66,9 @@ def test_only_the_second_version_of_fsdp_is_taken():
 
 def test_recomputing_twice_is_refused():
     with pytest.raises(ConfigError, match="turn one of them off"):
-        _set_up_fsdp(of_fsdp(activation_checkpointing=True), config())
-    _set_up_fsdp(of_fsdp(activation_checkpointing=True), config(gradient_checkpointing="false"))
+        _set_up_fsdp(of_fsdp(activation_checkpointing=True), config(gradient_checkpointing="full"))
+    for mode in ("off", "auto"):
+        _set_up_fsdp(of_fsdp(activation_checkpointing=True), config(gradient_checkpointing=mode))
 
 
 def test_fsdp_sums_gradients_in_fp32():
@@ -107,6 +108,14 @@ def test_deepspeed_is_told_what_qloop_knows():
 def test_a_deepspeed_config_that_contradicts_qloop_is_refused(keys, message):
     with pytest.raises(ConfigError, match=message):
         _set_up_deepspeed(of_deepspeed(**keys), config())
+
+
+def test_selective_recomputation_is_refused_under_zero_3_only():
+    """It would find weights that were gathered in the forward pass missing in the backward."""
+    selective = config(gradient_checkpointing="selective")
+    _set_up_deepspeed(of_deepspeed(), selective)
+    with pytest.raises(ConfigError, match="selective does not run under ZeRO-3"):
+        _set_up_deepspeed(of_deepspeed(zero_optimization={"stage": 3}), selective)
 
 
 def test_qlora_is_refused_under_deepspeed():

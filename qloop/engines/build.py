@@ -138,7 +138,8 @@ def _set_up_fsdp(accelerator: Accelerator, config: Config) -> None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32
         )
-    if plugin.activation_checkpointing and config.model.gradient_checkpointing != "off":
+    recomputes = config.model.gradient_checkpointing in ("full", "selective")
+    if plugin.activation_checkpointing and recomputes:
         raise ConfigError(
             "accelerate launch: fsdp_activation_checkpointing recomputes what "
             "gradient_checkpointing recomputes already; turn one of them off"
@@ -165,6 +166,14 @@ def _set_up_deepspeed(accelerator: Accelerator, config: Config) -> None:
         )
     if plugin["zero_optimization"]["stage"] == 0:
         raise ConfigError("accelerate launch: zero_stage is 0; use launch/multi_gpu.yaml instead")
+    if (
+        plugin["zero_optimization"]["stage"] == 3
+        and config.model.gradient_checkpointing == "selective"
+    ):
+        raise ConfigError(
+            "gradient_checkpointing: selective does not run under ZeRO-3, which gathers weights "
+            "between the operators that it keeps; use full"
+        )
     # Told of ZeRO-3, transformers would cut a model while it is built, and draw other new weights.
     unset_hf_deepspeed_config()
     plugin["train_micro_batch_size_per_gpu"] = config.batch.batch_size

@@ -112,7 +112,8 @@ class TargetLoss:
         """
         head = self._head
         before = vars(head).get("forward")
-        head.forward = lambda hidden: at_head(hidden.flatten(0, -2)).reshape(1, 1, -1)
+        # No view: FSDP2 hooks onto what a head gives.
+        head.forward = lambda hidden: at_head(hidden.flatten(0, -2)).reshape(1, 1, -1).clone()
         try:
             return _run(model, self._plain, micro_batch)[0, 0]
         finally:
