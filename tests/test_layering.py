@@ -143,6 +143,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.errors",
         "qloop.progress",
     },
+    "qloop.flops": {"qloop.data.packing"},
     # The engines: the loop and the checkpoints see the first of them only.
     "qloop.engines.build": {
         "qloop.config",
