@@ -29,6 +29,7 @@ from qloop.engines.build import (
 )
 from qloop.engines.engine import Engine
 from qloop.errors import ConfigError, DataError, QloopError, telling_of_disk_errors
+from qloop.flops import build_model_flops, measure_matmul_flops
 from qloop.lock import RunLock
 from qloop.model.activations import keep_activations
 from qloop.model.build import (
@@ -48,6 +49,7 @@ from qloop.peers import PeerWatch
 from qloop.progress import Progress
 from qloop.ranks import on_all, on_main
 from qloop.report.ledger import describe_corpus, describe_ledger
+from qloop.report.metrics import Meter
 from qloop.report.reporter import Reporter
 from qloop.resume import Step, choose_checkpoint, divide_step, refuse_other_origins
 from qloop.run_directory import RunDirectory, locate_run, write_json
@@ -83,6 +85,7 @@ class Assembly:
     progress: Progress
     checkpoints: CheckpointManager
     report: Reporter
+    meter: Meter
     last_step: int
 
     def close(self) -> None:
@@ -156,6 +159,7 @@ def _assemble(
         reads_weights=reads_weights(accelerator),
     )
     model = on_all(accelerator, build)
+    meter = build_meter(index, model, precision, accelerator)
     activations = choose_activations(config, accelerator)
     keep_activations(model, activations, config.model.offload_activations)
     model_line = describe_model(config.model, model, precision, accelerator)
@@ -211,6 +215,7 @@ def _assemble(
         f"run        {run.path}",
         *describe_ledger(ledger, corpus.was_cached),
         model_line,
+        f"product    {meter.matmul_flops / 1e12:.3g} TFLOP/s in {precision}, 100% of MFU",
         f"attention  {attention}; packed documents do not see each other (logits move by "
         f"{isolation.swapped:.0e}, alone {isolation.alone:.0e})",
         *speed_lines,
@@ -221,7 +226,7 @@ def _assemble(
     report.say("\n".join(opening_lines))
     return Assembly(
         config, run, lock, accelerator, peers, tokenizer, index, reader, held_out,
-        engine.model, loss, engine, step, progress, checkpoints, report, last_step,
+        engine.model, loss, engine, step, progress, checkpoints, report, meter, last_step,
     )  # fmt: skip
 
 
@@ -293,6 +298,17 @@ def describe_model(
         f"model      {config.model_config_file or config.model_name}: {total:,} parameters, "
         f"{trained:,} trained ({config.training_method}, {precision}, "
         f"{accelerator.device.type} x {accelerator.num_processes}{engine})"
+    )
+
+
+def build_meter(
+    index: BlockIndex, model: torch.nn.Module, precision: str, accelerator: Accelerator
+) -> Meter:
+    """Counts the model's FLOPs, while it is whole, and measures what the devices can do."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    rate = measure_matmul_flops(accelerator.device, dtype)
+    return Meter(
+        index, build_model_flops(model), rate * accelerator.num_processes, accelerator.device
     )
 
 

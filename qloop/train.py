@@ -110,7 +110,7 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
         # 4. Account for the step; then report, evaluate and save, each when it is due.
         progress.advance(len(block_ids), target_tokens)
         record = build_step_record(
-            progress, loss, learning_rate, norm, target_tokens, len(parts.index),
+            progress, loss, learning_rate, norm, target_tokens, block_ids, parts.meter,
             times=(started, fetched, computed, updated),
         )  # fmt: skip
         report.write_step(record)

@@ -179,6 +179,18 @@ def test_padding_is_what_the_blocks_have_more_than_the_documents(pack, positions
 
 
 @both_packings
+@some_cases
+@given(positions=lengths, block_length=block_lengths, data=st.data())
+def test_lengths_of_some_blocks_are_those_of_their_slices(pack, positions, block_length, data):
+    index = pack_lengths(pack, positions, block_length)
+    block_ids = data.draw(st.lists(st.integers(0, len(index) - 1), min_size=1, max_size=9))
+    found, padding = index.lengths_of(np.array(block_ids))
+    slices = slices_of(index)
+    assert found.tolist() == [length for block in block_ids for _, _, length in slices[block]]
+    assert padding.tolist() == [block_length - fills_of(index)[block] for block in block_ids]
+
+
+@both_packings
 @given(positions=lengths, block_length=block_lengths)
 @some_cases
 def test_the_same_documents_give_the_same_blocks(pack, positions, block_length):

@@ -1,5 +1,6 @@
 """Reports: nothing twice after a restart, and no tracker that can end a run."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -9,22 +10,35 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from rich.console import Console as RichConsole
 
 from qloop.config import dump_yaml
+from qloop.data.packing import pack_wrapped
 from qloop.errors import CheckpointError, ConfigError
+from qloop.flops import Flops, ModelFlops
+from qloop.progress import Progress
 from qloop.report.console import Console
 from qloop.report.lines import LineFile
-from qloop.report.metrics import EvalResultsFile, MetricsFile, StepRecord, read_records
+from qloop.report.metrics import (
+    EvalResultsFile,
+    Meter,
+    MetricsFile,
+    StepRecord,
+    build_step_record,
+    measure_memory,
+    read_records,
+)
 from qloop.report.plot import plot_losses
 from qloop.report.reporter import Reporter
 from qloop.run_directory import RunDirectory
 from qloop.train import train
 
 
-def make_record(step: int, loss: float = 2.5) -> StepRecord:
-    return StepRecord(
+def make_record(step: int, loss: float = 2.5, **values: float | None) -> StepRecord:
+    record = StepRecord(
         step=step,
         loss=loss,
         learning_rate=1e-4,
@@ -37,8 +51,14 @@ def make_record(step: int, loss: float = 2.5) -> StepRecord:
         forward_backward_seconds=0.2,
         update_seconds=0.03,
         tokens_per_second=400.0,
-        peak_memory_bytes=0,
+        padding_share=0.05,
+        flops_per_second=4e12,
+        mfu=0.414,
+        memory_bytes=20_000_000_000,
+        peak_memory_bytes=23_440_000_000,
+        reserved_memory_bytes=25_000_000_000,
     )
+    return dataclasses.replace(record, **values)
 
 
 def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
@@ -87,9 +107,19 @@ def test_a_step_line_names_step_loss_rate_norm_and_speed(tmp_path, capsys):
     console.show_step(make_record(2))
     console.close()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step  1/20  loss 2.5000  rate 1.00e-04  norm 0.500  400 tokens/s"
+    assert (
+        lines[0]
+        == "step  1/20  loss 2.5000  rate 1.00e-04  norm 0.500  400 tokens/s  MFU 41%  23.4 GB"
+    )
     assert lines[1].startswith(lines[0].replace(" 1/20", " 2/20"))
     assert lines[1].endswith(" left")
+
+
+def test_a_model_whose_flops_are_unknown_has_no_mfu_in_its_line(tmp_path, capsys):
+    console = Console(None, log_steps=1, last_step=20)
+    console.show_step(make_record(1, mfu=None, flops_per_second=None))
+    console.close()
+    assert capsys.readouterr().out.endswith("norm 0.500  400 tokens/s  23.4 GB\n")
 
 
 def test_plain_lines_come_every_log_steps_and_at_the_end(tmp_path, capsys):
@@ -157,6 +187,66 @@ def test_a_run_writes_every_file_of_its_directory(make_config):
     assert [entry["step"] for entry in evaluations] == [0, 3, 6]
     record = json.loads((run / "logs/metrics.jsonl").read_text().splitlines()[0])
     assert set(record) == set(StepRecord.__dataclass_fields__)
+
+
+def make_meter(flops: ModelFlops | None) -> Meter:
+    index = pack_wrapped(np.array([6, 3, 4]), block_length=5)  # 5 | 1 3 1 | 3
+    return Meter(index, flops, matmul_flops=1e6, device=torch.device("cpu"))
+
+
+def build_record(meter: Meter) -> StepRecord:
+    clock = (10.0, 10.5, 12.0, 12.5)
+    return build_step_record(Progress(1, 2, 8), 2.5, 1e-4, 0.5, 8, np.array([2, 0]), meter, clock)
+
+
+def test_mfu_is_the_steps_flops_by_its_seconds_and_by_what_a_product_reaches():
+    flops = ModelFlops(Flops(1000, 2000), attention_width=10, windows={None: 3})
+    record = build_record(make_meter(flops))
+    # 10 positions; a slice of 5, one of 3, padding of 2: 15 + 6 + 3 pairs in each of 3 layers.
+    work = 10 * 3000 + 3 * (4 * 10 * 3 * (15 + 6 + 3))
+    assert record.flops_per_second == work / 2.5
+    assert record.mfu == work / 2.5 / 1e6
+    assert record.padding_share == 0.2
+
+
+def test_what_cannot_be_counted_is_none_and_nothing_else_changes():
+    record = build_record(make_meter(None))
+    assert (record.flops_per_second, record.mfu) == (None, None)
+    assert (record.padding_share, record.tokens_per_second) == (0.2, 3.2)
+
+
+def test_memory_on_a_cpu_is_that_of_this_process_and_its_peak_stays():
+    before = measure_memory(torch.device("cpu"))
+    large = torch.ones(50_000_000)  # 200 MB
+    during = measure_memory(torch.device("cpu"))
+    del large
+    after = measure_memory(torch.device("cpu"))
+    assert during.now - before.now > 150_000_000
+    assert after.now < during.now <= during.peak
+    assert after.peak > 0.99 * during.now  # the kernel itself counts to some hundred pages
+    assert after.reserved == after.now
+
+
+def test_a_peak_is_not_that_of_the_process_that_started_this_one():
+    large = bytearray(300_000_000)
+    code = (
+        "import torch; from qloop.report.metrics import measure_memory;"
+        "bare = torch.ones(1); print(measure_memory(torch.device('cpu')).peak)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    own = measure_memory(torch.device("cpu")).now
+    assert int(done.stdout) < own
+    del large
+
+
+def test_a_run_says_how_much_of_the_machine_each_step_used(make_config):
+    config = make_config()
+    train(config, [])
+    records = read_records(config.run.output_dir / "run/logs/metrics.jsonl")
+    for record in records:
+        assert 0 < record["mfu"] < 1
+        assert 0 <= record["padding_share"] < 1
+        assert 0 < record["memory_bytes"] <= record["peak_memory_bytes"]
 
 
 def test_the_last_lines_say_where_everything_is_and_what_to_type_next(make_config, capsys):

@@ -117,9 +117,7 @@ def build_micro_batch(store: TokenStore, index: BlockIndex, block_ids: Integers)
 
 def count_targets(store: TokenStore, index: BlockIndex, block_ids: Integers) -> int:
     """Counts the positions of some blocks that have a label, without reading a token."""
-    pieces = np.concatenate(
-        [np.arange(index.starts[block], index.starts[block + 1]) for block in block_ids]
-    )
+    pieces = index.pieces_of(block_ids)
     length = index.length[pieces]
     untrained = store.first_targets[index.document[pieces]] - (index.first[pieces] + 1)
     return int((length - np.clip(untrained, 0, length)).sum())

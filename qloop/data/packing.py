@@ -39,6 +39,21 @@ class BlockIndex:
         """Positions of all blocks that no slice fills."""
         return len(self) * self.block_length - int(self.length.sum())
 
+    def pieces_of(self, block_ids: Integers) -> Integers:
+        """Gives the numbers of the slices of some blocks, block by block."""
+        first, counts = self.starts[block_ids], self.starts[block_ids + 1] - self.starts[block_ids]
+        begins = np.cumsum(counts) - counts  # where each block's slices start among the result's
+        return np.arange(counts.sum()) + np.repeat(first - begins, counts)
+
+    def lengths_of(self, block_ids: Integers) -> tuple[Integers, Integers]:
+        """Gives the lengths of all slices of some blocks, and the padding of each block.
+
+        Two blocks of 8 with slices 5, 2 and 6 give [5, 2, 6] and [1, 2].
+        """
+        lengths = self.length[self.pieces_of(block_ids)]
+        counts = self.starts[block_ids + 1] - self.starts[block_ids]
+        return lengths, self.block_length - np.add.reduceat(lengths, np.cumsum(counts) - counts)
+
 
 def pack_best_fit(positions: Integers, block_length: int) -> BlockIndex:
     """Packs best-fit-decreasing: a document up to the block's length stays whole.

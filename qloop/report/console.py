@@ -92,8 +92,10 @@ def quieten_libraries() -> None:
 def _describe_step(record: StepRecord, last_step: int, seconds_left: float | None) -> str:
     left = "" if seconds_left is None else f"  {timedelta(seconds=round(seconds_left))} left"
     width = len(str(last_step))
+    mfu = "" if record.mfu is None else f"  MFU {record.mfu:.0%}"
     return (
         f"step {record.step:{width}}/{last_step}  loss {record.loss:.4f}  "
         f"rate {record.learning_rate:.2e}  norm {record.grad_norm:.3f}  "
-        f"{record.tokens_per_second:,.0f} tokens/s{left}"
+        f"{record.tokens_per_second:,.0f} tokens/s{mfu}  "
+        f"{record.peak_memory_bytes / 1e9:.1f} GB{left}"
     )

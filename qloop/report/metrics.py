@@ -2,13 +2,18 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import psutil
 import torch
 
+from qloop.data.packing import BlockIndex, Integers
+from qloop.flops import ModelFlops
 from qloop.progress import Progress
 from qloop.report.lines import LineFile
 from qloop.run_directory import write_atomically, write_json
@@ -33,8 +38,48 @@ class StepRecord:
     update_seconds: float
     tokens_per_second: float
     """Targets of all ranks over the step's seconds."""
+    padding_share: float
+    """Of the step's positions; 0 to 1."""
+    flops_per_second: float | None
+    """Model FLOPs of all ranks over the step's seconds, see qloop.flops; none if not countable."""
+    mfu: float | None
+    """Those as a share of what the devices reach in a plain matrix product; 0 to 1."""
+    memory_bytes: int
+    """In tensors on this rank's GPU; on a CPU, resident memory of this process."""
     peak_memory_bytes: int
-    """Of the GPU so far; 0 on a CPU."""
+    """The most of it since the start of the process."""
+    reserved_memory_bytes: int
+    """What torch keeps of the GPU, in use or not; on a CPU, the same as memory_bytes."""
+
+
+class Memory(NamedTuple):
+    """Bytes, as in StepRecord."""
+
+    now: int
+    peak: int
+    reserved: int
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Measures what a step cost: on the host, from the lengths of its slices."""
+
+    index: BlockIndex
+    flops: ModelFlops | None
+    matmul_flops: float
+    """FLOP/s that the devices of all ranks together reach in a matrix product."""
+    device: torch.device
+
+    def count_work(self, block_ids: Integers) -> tuple[int | None, float]:
+        """Gives the model FLOPs of some blocks, and the share of their positions that is padding.
+
+        Padding is computed like any document, so its FLOPs count.
+        """
+        lengths, padding = self.index.lengths_of(block_ids)
+        share = float(padding.sum()) / (len(block_ids) * self.index.block_length)
+        if self.flops is None:
+            return None, share
+        return self.flops.of(np.concatenate([lengths, padding])), share
 
 
 def build_step_record(
@@ -43,7 +88,8 @@ def build_step_record(
     learning_rate: float,
     grad_norm: float,
     target_tokens: int,
-    num_blocks: int,
+    block_ids: Integers,
+    meter: Meter,
     times: tuple[float, float, float, float],
 ) -> StepRecord:
     """Builds the record of the step that `progress` has just accounted for.
@@ -54,10 +100,14 @@ def build_step_record(
         learning_rate: The step's.
         grad_norm: Before clipping.
         target_tokens: The step's, over all ranks.
-        num_blocks: Blocks of an epoch.
+        block_ids: The step's, over all ranks.
+        meter: Of this run.
         times: Clock at the start, when the data was there, the gradients, and the new weights.
     """
     started, fetched, computed, updated = times
+    flops, padding_share = meter.count_work(block_ids)
+    flops_per_second = None if flops is None else flops / (updated - started)
+    memory = measure_memory(meter.device)
     return StepRecord(
         step=progress.step,
         loss=loss,
@@ -66,13 +116,35 @@ def build_step_record(
         target_tokens=target_tokens,
         tokens_seen=progress.tokens_seen,
         blocks_seen=progress.blocks_seen,
-        epoch=progress.blocks_seen / num_blocks,
+        epoch=progress.blocks_seen / len(meter.index),
         data_seconds=fetched - started,
         forward_backward_seconds=computed - fetched,
         update_seconds=updated - computed,
         tokens_per_second=target_tokens / (updated - started),
-        peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        padding_share=padding_share,
+        flops_per_second=flops_per_second,
+        mfu=None if flops_per_second is None else flops_per_second / meter.matmul_flops,
+        memory_bytes=memory.now,
+        peak_memory_bytes=memory.peak,
+        reserved_memory_bytes=memory.reserved,
     )
+
+
+def measure_memory(device: torch.device) -> Memory:
+    """Asks torch for a GPU's memory, and the system for this process's."""
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        allocated, reserved = "allocated_bytes.all", "reserved_bytes.all.current"
+        return Memory(stats[f"{allocated}.current"], stats[f"{allocated}.peak"], stats[reserved])
+    resident = int(psutil.Process().memory_info().rss)
+    return Memory(resident, max(resident, _read_peak_memory()), resident)
+
+
+def _read_peak_memory() -> int:
+    """Reads it where Linux has it: what getrusage gives holds that of the launcher too."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else 0
 
 
 class MetricsFile:

@@ -45,9 +45,9 @@ class Reporter:
             self._metrics.write(record)
             self._console.show_step(record)
             values = dataclasses.asdict(record)
-            self._trackers.write(
-                values.pop("step"), {f"train/{name}": value for name, value in values.items()}
-            )
+            step = values.pop("step")
+            known = {name: value for name, value in values.items() if value is not None}
+            self._trackers.write(step, {f"train/{name}": value for name, value in known.items()})
 
     def flush(self) -> None:
         """Tries again to write the steps that the disk refused, before a save relies on them."""
