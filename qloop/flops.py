@@ -131,16 +131,6 @@ def find_windows(config: PreTrainedConfig) -> dict[int | None, int] | None:
     return dict(Counter(known[kind] for kind in kinds))
 
 
-def find_lengths(position_ids: torch.Tensor) -> Integers:
-    """Reads the slices' lengths off a micro-batch's positions, which start anew with each.
-
-    Args:
-        position_ids: On the CPU, [batch, sequence]; every row starts with 0.
-    """
-    flat = position_ids.numpy().reshape(-1)
-    return np.diff(np.flatnonzero(flat == 0), append=flat.size)
-
-
 def count_pairs(lengths: Integers, window: int | None) -> int:
     """Counts (position, attended position) over slices: position i attends to min(i+1, window)."""
     seen = lengths if window is None else np.minimum(lengths, window)

@@ -13,7 +13,6 @@ from qloop.flops import (
     attention_flops,
     build_model_flops,
     count_pairs,
-    find_lengths,
     find_windows,
     linear_flops_per_token,
     measure_matmul_flops,
@@ -142,11 +141,6 @@ def test_a_window_makes_a_long_document_cheaper_and_no_short_one(tmp_path):
 )
 def test_what_would_be_counted_wrong_is_not_counted(tmp_path, model_type, keys):
     assert build_model_flops(build(tmp_path, model_type, device="meta", **keys)) is None
-
-
-def test_lengths_are_read_off_the_positions(tmp_path):
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]])
-    assert find_lengths(positions).tolist() == [3, 2, 1, 1, 5]
 
 
 def test_a_micro_batch_costs_its_positions_and_its_documents(tmp_path):

@@ -43,7 +43,8 @@ class BlockIndex:
         """Gives the numbers of the slices of some blocks, block by block."""
         first, counts = self.starts[block_ids], self.starts[block_ids + 1] - self.starts[block_ids]
         begins = np.cumsum(counts) - counts  # where each block's slices start among the result's
-        return np.arange(counts.sum()) + np.repeat(first - begins, counts)
+        pieces: Integers = np.arange(counts.sum()) + np.repeat(first - begins, counts)
+        return pieces
 
     def lengths_of(self, block_ids: Integers) -> tuple[Integers, Integers]:
         """Gives the lengths of all slices of some blocks, and the padding of each block.
