@@ -52,43 +52,70 @@ def cli() -> None:
     """Continue the pretraining of causal language models on Q (kdb+) code."""
 
 
-@cli.command(
-    cls=TrainCommand,
+TRAIN_OPTIONS: dict[str, Any] = {
+    "cls": TrainCommand,
     # Unknown flags are reported by load_config, beside all other problems.
-    context_settings={
+    "context_settings": {
         "ignore_unknown_options": True,
         "allow_extra_args": True,
         "max_content_width": 110,
     },
-)
-@click.option(
+}
+
+config_option = click.option(
     "--config", "config_file", type=click.Path(path_type=Path), help="TOML or YAML file of keys"
 )
+
+
+@cli.command(**TRAIN_OPTIONS)
+@config_option
 @click.pass_context
 def train(ctx: click.Context, /, config_file: Path | None, **flags: str | None) -> None:
     """Train a model; the same command again goes on where it stopped.
 
     Every key of a config file is a flag, and a flag replaces the file's value.
     """
-    from qloop.config import describe_unused, load_config
-
-    _stop_with_launcher()
-    unknown = {text.lstrip("-").split("=")[0]: "" for text in ctx.args if text.startswith("-")}
-    stray = [text for text in ctx.args if not text.startswith("-")]
-    if stray and not unknown:
-        raise click.UsageError(f"unexpected {' '.join(stray)}; every value follows its --flag")
-    typed = {name: value for name, value in flags.items() if value is not None}
-    config, origins = load_config(config_file, {**typed, **unknown})
-
-    # Before torch is imported. Threads that wait busily for each other make a step several times
-    # slower on a machine that has other work too.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    config, notes = _prepare_run(ctx, config_file, flags)
 
     from qloop.report.console import quieten_libraries
     from qloop.train import train as run_training
 
     quieten_libraries()
-    run_training(config, describe_unused(config, origins))
+    run_training(config, notes)
+
+
+@cli.command(**TRAIN_OPTIONS)
+@config_option
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="steps to time, and as many again to trace",
+)
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    default="profile.json.gz",
+    show_default=True,
+    help="file to write, a Chrome trace",
+)
+@click.pass_context
+def profile(
+    ctx: click.Context, /, config_file: Path | None, steps: int, trace: Path, **flags: str | None
+) -> None:
+    """Say where the time of a training step goes.
+
+    Takes the flags of `qloop train`, makes some steps of that run in a folder of its own, and
+    leaves nothing but a trace: no checkpoint is written, no run is touched.
+    """
+    config, notes = _prepare_run(ctx, config_file, flags)
+
+    from qloop.profiling import profile as profile_steps
+    from qloop.report.console import quieten_libraries
+
+    quieten_libraries()
+    profile_steps(config, notes, steps, trace, click.echo)
 
 
 @cli.command()
@@ -184,6 +211,25 @@ def _run() -> int:
         )
         return 130
     return 0
+
+
+def _prepare_run(
+    ctx: click.Context, config_file: Path | None, flags: dict[str, str | None]
+) -> tuple[Any, list[str]]:
+    """Gives the config that was typed, and what to tell of it, before torch is imported."""
+    from qloop.config import describe_unused, load_config
+
+    _stop_with_launcher()
+    unknown = {text.lstrip("-").split("=")[0]: "" for text in ctx.args if text.startswith("-")}
+    stray = [text for text in ctx.args if not text.startswith("-")]
+    if stray and not unknown:
+        raise click.UsageError(f"unexpected {' '.join(stray)}; every value follows its --flag")
+    typed = {name: value for name, value in flags.items() if value is not None}
+    config, origins = load_config(config_file, {**typed, **unknown})
+    # Threads that wait busily for each other make a step several times slower on a machine that
+    # has other work too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return config, describe_unused(config, origins)
 
 
 def _stop_with_launcher() -> None:

@@ -23,7 +23,17 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.config",
         "qloop.errors",
         "qloop.export",
+        "qloop.profiling",
         "qloop.report.console",
+        "qloop.train",
+    },
+    "qloop.profiling": {
+        "qloop.assembly",
+        "qloop.config",
+        "qloop.errors",
+        "qloop.report.metrics",
+        "qloop.report.reporter",
+        "qloop.stops",
         "qloop.train",
     },
     "qloop.export": {
@@ -415,7 +425,7 @@ def test_nothing_but_the_entry_knows_the_command_line(imports):
 
 @pytest.mark.parametrize("name", ["qloop.assembly", "qloop.train"])
 def test_only_the_top_knows_the_whole_run(imports, name):
-    top = {"qloop.train", "qloop.cli"}
+    top = {"qloop.train", "qloop.profiling", "qloop.cli"}
     assert {module for module, imported, _ in imports if imported == name} <= top
 
 
