@@ -13,6 +13,7 @@ where Python reads a tensor's value: if the value is on a GPU, that waits for al
 """
 
 import bisect
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -30,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qloop.assembly import Assembly, assemble
 from qloop.config import Config
 from qloop.errors import ConfigError, telling_of_disk_errors
+from qloop.model.compilation import uncompiled
 from qloop.report.metrics import StepRecord
 from qloop.report.reporter import Reporter
 from qloop.stops import Request, StopRequest
@@ -67,10 +69,8 @@ def profile(
     owner = os.getppid() if "RANK" in os.environ else os.getpid()
     scratch = config.run.output_dir / f".profile-{owner}"
     try:
-        about = (
-            "profile    a run without an end, in a folder that is deleted after some steps of it"
-        )
-        parts = assemble(_make_endless(config, scratch), [*notes, about])
+        about = "profile    some steps of the run, in a folder that is deleted behind them"
+        parts = assemble(_move(config, scratch), [*notes, about])
         try:
             watch = _Watch(parts, steps)
             watch.make_steps()
@@ -102,12 +102,11 @@ def refuse_trace(trace: Path) -> None:
         raise ConfigError(f"{trace.parent}: no such folder; make it, or give another --trace")
 
 
-def _make_endless(config: Config, scratch: Path) -> Config:
-    """Gives the same run in another folder, without an end, saves, evaluations and trackers."""
+def _move(config: Config, scratch: Path) -> Config:
+    """Gives the same run in another folder, without saves, evaluations and trackers."""
     changes: dict[str, dict[str, Any]] = {
         "run": {"output_dir": scratch, "experiment_name": "run"},
         "data": {"cache_dir": config.data.cache_dir or config.run.output_dir / ".cache"},
-        "schedule": {"max_steps": _ENDLESS, "num_epochs": None},
         "evaluate": {"eval_steps": 0},
         "checkpoint": {"save_steps": _ENDLESS, "keep_every": 0},
         "report": {"wandb": False, "tensorboard": False},
@@ -193,6 +192,7 @@ class _Watch(Reporter):
         self._parts = parts
         self._clock = _PhaseClock(parts.accelerator.device)
         self._places: Any = _ReadPlaces()
+        self._reading = contextlib.ExitStack()
         self.records: list[StepRecord] = []
         self.seconds: dict[str, float] = {}
         activities = [ProfilerActivity.CPU]
@@ -206,7 +206,7 @@ class _Watch(Reporter):
     def make_steps(self) -> None:
         """Runs the loop until there are enough."""
         _mark_phases(self._parts, self._clock)
-        parts = dataclasses.replace(self._parts, report=self, held_out=None)
+        parts = dataclasses.replace(self._parts, report=self, held_out=None, last_step=_ENDLESS)
         try:
             run_steps(parts, _Unstoppable(self._clock))
         except _Enough:
@@ -228,9 +228,10 @@ class _Watch(Reporter):
             self.profiler.start()
         elif timed == 2 * self._steps + 1:  # one more, in which the profiler warms up
             self.profiler.stop()
-            self._places.__enter__()
+            self._reading.enter_context(uncompiled(self._parts.engine.plain))
+            self._reading.enter_context(self._places)
         elif timed == 2 * self._steps + 2:
-            self._places.__exit__(None, None, None)
+            self._reading.close()
             raise _Enough
         elif timed > self._steps:
             self.profiler.step()
@@ -280,8 +281,7 @@ def _mark_phases(parts: Assembly, clock: _PhaseClock) -> None:
     mark("step", "update", then="other")
 
     def entering(phase: str) -> Any:
-        # A compiled model calls its hooks too; they stay Python.
-        return torch.compiler.disable(lambda *_: clock.enter(phase))  # type: ignore[no-untyped-call]
+        return lambda *_: clock.enter(phase)
 
     parts.model.register_forward_pre_hook(entering("forward"))
     # The head gives the loss itself, unless all logits are kept.

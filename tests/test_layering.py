@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.assembly",
         "qloop.config",
         "qloop.errors",
+        "qloop.model.compilation",
         "qloop.report.metrics",
         "qloop.report.reporter",
         "qloop.stops",

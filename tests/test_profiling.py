@@ -13,7 +13,7 @@ import torch
 from workspace import Workspace
 
 from qloop.errors import ConfigError, DataError
-from qloop.profiling import PHASES, _PhaseClock, profile
+from qloop.profiling import PHASES, _PhaseClock, profile, refuse_trace
 
 
 def run_profile(config, folder: Path, steps: int = 2) -> list[str]:
@@ -79,9 +79,18 @@ def test_phases_sum_to_the_step(make_config, tmp_path):
 
 def test_an_adapters_run_has_all_phases_too(tmp_path, corpus_dir, tokenizer_dir):
     workspace = Workspace(tmp_path, corpus_dir, tokenizer_dir)
-    config = workspace.make_config(gradient_checkpointing="true", **workspace.method_keys("lora"))
+    config = workspace.make_config(
+        gradient_checkpointing="selective", **workspace.method_keys("lora")
+    )
     phases = read_phases(run_profile(config, tmp_path))
     assert all(phases[name] > 0 for name in ("forward", "head, loss", "backward", "update"))
+
+
+def test_compiled_layers_have_all_phases_too(make_config, tmp_path):
+    lines = run_profile(make_config(compile="true"), tmp_path, steps=1)
+    phases = read_phases(lines)
+    assert all(phases[name] > 0 for name in ("forward", "head, loss", "backward", "update"))
+    assert any("stops.py" in line for line in lines)
 
 
 def test_logits_in_whole_have_a_loss_phase_too(make_config, tmp_path):
@@ -127,8 +136,6 @@ def test_steps_before_the_end_of_a_run_are_enough_however_short_it_is(make_confi
         (["--steps", "0"], "Invalid value for '--steps': 0 is not in the range x>=1."),
         (["--learning_rat", "1"], "--learning_rat: unknown flag; did you mean --learning_rate?"),
         (["--trace", "none/p.json.gz"], "none: no such folder; make it, or give another --trace"),
-        (["--trace", "p.txt"], "--trace: must end in .json.gz, got p.txt"),
-        (["--train_file", "none.jsonl"], "none.jsonl: no such file or folder"),
     ],
 )
 def test_a_mistake_ends_in_a_message_and_78(tmp_path, flags, message):
@@ -144,6 +151,11 @@ def test_a_run_that_cannot_start_leaves_no_folder(make_config, tmp_path):
     with pytest.raises(DataError, match="but one step reads 20000"):
         run_profile(config, tmp_path)
     assert not list(config.run.output_dir.glob(".profile*"))
+
+
+def test_a_trace_is_refused_that_does_not_end_as_one():
+    with pytest.raises(ConfigError, match=r"--trace: must end in \.json\.gz, got p\.txt"):
+        refuse_trace(Path("p.txt"))
 
 
 def test_a_trace_that_is_there_is_refused_before_anything_is_done(make_config, tmp_path):
