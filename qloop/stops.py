@@ -61,7 +61,10 @@ class StopRequest:
         self._save = False
         # A stop outweighs a save, whichever rank has which.
         weight = noted if noted in (0, signal.SIGUSR1) else noted + signal.NSIG
-        largest = int(accelerator.gather(torch.tensor([weight], device=accelerator.device)).max())
+        largest = int(weight)
+        if accelerator.num_processes > 1:  # one process need not wait for a GPU to know its own
+            weights = accelerator.gather(torch.tensor([weight], device=accelerator.device))
+            largest = int(weights.max())
         if not largest:
             return None
         stops = largest > signal.NSIG

@@ -202,8 +202,8 @@ def build_record(meter: Meter) -> StepRecord:
 def test_mfu_is_the_steps_flops_by_its_seconds_and_by_what_a_product_reaches():
     flops = ModelFlops(Flops(1000, 2000), attention_width=10, windows={None: 3})
     record = build_record(make_meter(flops))
-    # 10 positions; a slice of 5, one of 3, padding of 2: 15 + 6 + 3 pairs in each of 3 layers.
-    work = 10 * 3000 + 3 * (4 * 10 * 3 * (15 + 6 + 3))
+    # A slice of 5, one of 3: 15 + 6 pairs in each of 3 layers; padding of 2 does not count.
+    work = 8 * 3000 + 3 * (4 * 10 * 3 * (15 + 6))
     assert record.flops_per_second == work / 2.5
     assert record.mfu == work / 2.5 / 1e6
     assert record.padding_share == 0.2

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 
 from qloop.data.batches import MicroBatch
 
@@ -256,9 +255,5 @@ def _window_mask(length: int, window: int, dtype: torch.dtype) -> torch.Tensor |
     return torch.zeros(length, length, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
-def _no_mask(*arguments: Any, **options: Any) -> None:
-    """Makes no mask: the boundaries say all that it would."""
-
-
+# Not with transformers' masks: without an entry there it makes none, and asks the GPU nothing.
 AttentionInterface.register(DOCUMENTS, attend_to_documents)
-AttentionMaskInterface.register(DOCUMENTS, _no_mask)

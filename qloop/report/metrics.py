@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import psutil
 import torch
 
@@ -73,13 +72,11 @@ class Meter:
     def count_work(self, block_ids: Integers) -> tuple[int | None, float]:
         """Gives the model FLOPs of some blocks, and the share of their positions that is padding.
 
-        Padding is computed like any document, so its FLOPs count.
+        Padding is computed like any document, but nobody asked for it: its FLOPs do not count.
         """
         lengths, padding = self.index.lengths_of(block_ids)
         share = float(padding.sum()) / (len(block_ids) * self.index.block_length)
-        if self.flops is None:
-            return None, share
-        return self.flops.of(np.concatenate([lengths, padding])), share
+        return (None if self.flops is None else self.flops.of(lengths)), share
 
 
 def build_step_record(

@@ -231,7 +231,7 @@ def test_the_debug_script_names_the_operation_whose_backward_gives_nan(workspace
     run = Run(workspace, "debugged", max_steps=6, warmup_steps=0, learning_rate="1e30")
     done = debug(run, PDB="0")
     assert done.returncode == 1
-    assert "Backward0' returned nan values" in done.stderr, done.stderr
+    assert "LinearTargetLossBackward' returned nan values" in done.stderr, done.stderr
     config = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert config["run"]["deterministic"] is True
 
