@@ -46,10 +46,11 @@ from qloop.model.isolation import choose_attention
 from qloop.model.loss import TargetLoss, choose_loss
 from qloop.model.saving import collect_files
 from qloop.peers import PeerWatch
+from qloop.plan import Plan, Target, find_device, plan_run
 from qloop.progress import Progress
 from qloop.ranks import on_all, on_main
 from qloop.report.ledger import describe_corpus, describe_ledger
-from qloop.report.metrics import Meter
+from qloop.report.metrics import Meter, measure_memory
 from qloop.report.reporter import Reporter
 from qloop.resume import Step, choose_checkpoint, divide_step, refuse_other_origins
 from qloop.run_directory import RunDirectory, locate_run, write_json
@@ -86,6 +87,8 @@ class Assembly:
     checkpoints: CheckpointManager
     report: Reporter
     meter: Meter
+    plan: Plan | None
+    """What was planned for it; None for a model that cannot be simulated."""
     last_step: int
 
     def close(self) -> None:
@@ -147,6 +150,7 @@ def _assemble(
     last_step = count_steps(config, len(index), step.blocks, progress)
 
     precision = choose_precision(config.model.precision, accelerator.device)
+    memory_before = measure_memory(accelerator.device).now
     build = functools.partial(
         build_model,
         config.model,
@@ -159,8 +163,9 @@ def _assemble(
         reads_weights=reads_weights(accelerator),
     )
     model = on_all(accelerator, build)
-    meter = build_meter(index, model, precision, accelerator)
-    activations = choose_activations(config, accelerator)
+    meter = build_meter(index, model, precision, memory_before, accelerator)
+    plan, plan_line = plan_run(config, describe_target(config, accelerator, precision))
+    activations = choose_activations(config, accelerator, plan)
     keep_activations(model, activations, config.model.offload_activations)
     model_line = describe_model(config.model, model, precision, accelerator)
     fingerprints = {
@@ -219,6 +224,7 @@ def _assemble(
         f"attention  {attention}; packed documents do not see each other (logits move by "
         f"{isolation.swapped:.0e}, alone {isolation.alone:.0e})",
         *speed_lines,
+        plan_line,
         f"steps      {progress.step} of {last_step} made{going_on}",
         *step.notes,
         *checkpoints.warn_of_space(engine, progress.step, last_step),
@@ -226,7 +232,7 @@ def _assemble(
     report.say("\n".join(opening_lines))
     return Assembly(
         config, run, lock, accelerator, peers, tokenizer, index, reader, held_out,
-        engine.model, loss, engine, step, progress, checkpoints, report, meter, last_step,
+        engine.model, loss, engine, step, progress, checkpoints, report, meter, plan, last_step,
     )  # fmt: skip
 
 
@@ -275,17 +281,21 @@ def _load_data(
     return on_all(accelerator, lambda: open_all(folder, was_cached))
 
 
-def choose_activations(config: Config, accelerator: Accelerator) -> str:
+def describe_target(config: Config, accelerator: Accelerator, precision: str) -> Target:
+    """Describes the devices of this run to the plan."""
+    engine = describe_engine(accelerator).lower().replace("-", "") or "ddp"
+    return Target(find_device(), precision, engine, accelerator.num_processes)
+
+
+def choose_activations(config: Config, accelerator: Accelerator, plan: Plan | None) -> str:
     """Says what of the layers' activations is computed again: `off`, `selective` or `full`."""
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.activation_checkpointing:
+        return "off"  # accelerate does it
+    if plan is not None:
+        return plan.activations
     mode = str(config.model.gradient_checkpointing)
-    if mode != "auto":
-        return mode
-    if config.model.offload_activations:
-        return "full"
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.activation_checkpointing:
-        return "off"  # FSDP2 does it
-    return "off" if accelerator.device.type == "cpu" else "full"
+    return "full" if mode == "auto" else mode
 
 
 def describe_model(
@@ -302,13 +312,21 @@ def describe_model(
 
 
 def build_meter(
-    index: BlockIndex, model: torch.nn.Module, precision: str, accelerator: Accelerator
+    index: BlockIndex,
+    model: torch.nn.Module,
+    precision: str,
+    memory_before: int,
+    accelerator: Accelerator,
 ) -> Meter:
     """Counts the model's FLOPs, while it is whole, and measures what the devices can do."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     rate = measure_matmul_flops(accelerator.device, dtype)
     return Meter(
-        index, build_model_flops(model), rate * accelerator.num_processes, accelerator.device
+        index,
+        build_model_flops(model),
+        rate * accelerator.num_processes,
+        accelerator.device,
+        memory_before,
     )
 
 

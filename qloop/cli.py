@@ -118,6 +118,55 @@ def profile(
     profile_steps(config, notes, steps, trace, click.echo)
 
 
+@cli.command(**TRAIN_OPTIONS)
+@config_option
+@click.option("--device", help="h200, h100, a100-80, l40s, rtx4090, cpu and others; the one here")
+@click.option(
+    "--device_memory_gb", type=click.FloatRange(min=0, min_open=True), help="in place of its own"
+)
+@click.option(
+    "--num_processes", type=click.IntRange(min=1), default=1, show_default=True, help="devices"
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["ddp", "fsdp2", "zero2", "zero3"]),
+    default="ddp",
+    show_default=True,
+    help="with several processes",
+)
+@click.option(
+    "--flops_use",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.4,
+    show_default=True,
+    help="share of the FLOP/s of the device's matrix products that training reaches, for the time",
+)
+@click.pass_context
+def plan(
+    ctx: click.Context,
+    /,
+    config_file: Path | None,
+    device: str | None,
+    device_memory_gb: float | None,
+    num_processes: int,
+    engine: str,
+    flops_use: float,
+    **flags: str | None,
+) -> None:
+    """Say what a run would need: memory, disk, time, for each method; and what makes it fit.
+
+    Takes the flags of `qloop train`. From shapes alone: no weight is read, no corpus, no GPU asked.
+    """
+    config, _ = _prepare_run(ctx, config_file, flags)
+
+    from qloop.plan import find_target, show_plans
+    from qloop.report.console import quieten_libraries
+
+    quieten_libraries()
+    target = find_target(config, device, device_memory_gb, num_processes, engine)
+    click.echo(show_plans(config, target, flops_use))
+
+
 @cli.command()
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))

@@ -53,6 +53,10 @@ class DivergenceError(QloopError):
         )
 
 
+class MemoryFullError(QloopError):
+    """The device has no memory left; what was saved is whole."""
+
+
 class StoppedError(QloopError):
     """The run was asked to stop; all that it has done is saved, and the same command goes on."""
 

@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 
 from qloop.assembly import Assembly, assemble
+from qloop.checkpoint.store import show_bytes
 from qloop.config import Config
 from qloop.errors import DivergenceError, StoppedError
 from qloop.evaluate import evaluate, sample_completions
+from qloop.plan import explain_out_of_memory
 from qloop.report.metrics import build_step_record
 from qloop.schedule import learning_rate_at
 from qloop.seeds import seed_at, seed_forward_pass
@@ -42,7 +44,7 @@ def train(config: Config, notes: list[str]) -> None:
             finish(parts)
             parts.accelerator.wait_for_everyone()
         except BaseException as raised:
-            error = parts.peers.explain(raised)
+            error = parts.peers.explain(explain_memory(parts, raised))
             parts.peers.stop()
             if not isinstance(error, KeyboardInterrupt):  # that means now
                 parts.checkpoints.close()
@@ -53,6 +55,14 @@ def train(config: Config, notes: list[str]) -> None:
             raise error from raised
         finally:
             parts.close()
+
+
+def explain_memory(parts: Assembly, error: BaseException) -> BaseException:
+    """Gives what was raised; in place of torch's lack of memory, an error that says what to do."""
+    is_full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if not is_full or parts.plan is None:
+        return error
+    return explain_out_of_memory(parts.plan, parts.progress.step + 1, parts.meter.measure_peak())
 
 
 def run_steps(parts: Assembly, stop: StopRequest) -> None:
@@ -161,6 +171,11 @@ def finish(parts: Assembly) -> None:
             parts.accelerator,
         )
     parts.report.write_results(samples)
+    if parts.plan is not None:
+        parts.report.say(
+            f"memory     {show_bytes(parts.meter.measure_peak())} at the peak, "
+            f"{show_bytes(parts.plan.peak_bytes)} planned for a step"
+        )
     parts.report.write_status("finished", parts.progress.step)
     checkpoint = parts.run.checkpoint_path(parts.progress.step)
     if not checkpoint.exists():  # a branch that had no step left to make

@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.config",
         "qloop.errors",
         "qloop.export",
+        "qloop.plan",
         "qloop.profiling",
         "qloop.report.console",
         "qloop.train",
@@ -48,9 +49,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "qloop.train": {
         "qloop.assembly",
+        "qloop.checkpoint.store",
         "qloop.config",
         "qloop.errors",
         "qloop.evaluate",
+        "qloop.plan",
         "qloop.report.metrics",
         "qloop.schedule",
         "qloop.seeds",
@@ -78,6 +81,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.model.loss",
         "qloop.model.saving",
         "qloop.peers",
+        "qloop.plan",
         "qloop.progress",
         "qloop.ranks",
         "qloop.report.ledger",
@@ -87,6 +91,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.run_directory",
         "qloop.warmup",
     },
+    # What a run needs: a whole config, and the code of the step, on tensors without memory.
+    "qloop.plan": {
+        "qloop.checkpoint.store",
+        "qloop.config",
+        "qloop.errors",
+        "qloop.flops",
+        "qloop.model.activations",
+        "qloop.model.attention",
+        "qloop.model.build",
+        "qloop.model.loss",
+        "qloop.simulation",
+    },
+    "qloop.simulation": {"qloop.data.batches", "qloop.model.attention", "qloop.model.loss"},
     # Compiling, on a step's own data: of all parts only the engine, the loss and the ranks.
     "qloop.warmup": {
         "qloop.config",

@@ -90,7 +90,7 @@ def test_compiled_layers_have_all_phases_too(make_config, tmp_path):
     lines = run_profile(make_config(compile="true"), tmp_path, steps=1)
     phases = read_phases(lines)
     assert all(phases[name] > 0 for name in ("forward", "head, loss", "backward", "update"))
-    assert any("train.py" in line for line in lines)
+    assert "  nowhere" in lines  # the loop's one read is a copy, and on a CPU there is none
 
 
 def test_logits_in_whole_have_a_loss_phase_too(make_config, tmp_path):

@@ -191,7 +191,7 @@ def test_a_run_writes_every_file_of_its_directory(make_config):
 
 def make_meter(flops: ModelFlops | None) -> Meter:
     index = pack_wrapped(np.array([6, 3, 4]), block_length=5)  # 5 | 1 3 1 | 3
-    return Meter(index, flops, matmul_flops=1e6, device=torch.device("cpu"))
+    return Meter(index, flops, matmul_flops=1e6, device=torch.device("cpu"), memory_before=0)
 
 
 def build_record(meter: Meter) -> StepRecord:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    AutocastKwargs,
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
@@ -45,7 +46,12 @@ def build_accelerator(config: Config) -> Accelerator:
             sync_each_batch=_asks_for("FSDP"),
         ),
         # The others wait while the main rank tokenises; a dead one is noticed by qloop.peers.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=24)),
+            # Each weight is cast where it is used, once. Cached, all bf16 copies would lie there
+            # until the forward pass ends: 15 GB of a 7 B model.
+            AutocastKwargs(cache_enabled=False),
+        ],
     )
     kind = accelerator.distributed_type
     asked = next((engine for engine in ("FSDP", "DEEPSPEED") if _asks_for(engine)), None)

@@ -171,12 +171,95 @@ def build_model(
         base.requires_grad_(False)
         _keep_trainable_on_cpu(base)
         model = _add_adapters(base, config, lora)
+        if precision == "bf16":  # autocast sees to types; PEFT would keep inputs in fp32 beside it
+            _keep_input_types(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if checkpoint and config.training_method in ADAPTER_METHODS:
         _load_adapters(model, checkpoint)
     return model
+
+
+def build_shapes(config: ModelConfig, lora: LoraConfig, precision: str) -> PreTrainedModel:
+    """Builds the model of `build_model` without a single value, on the `meta` device.
+
+    A 4-bit layer is one of its bytes that unpacks its weight each time it is used.
+
+    Raises:
+        ConfigError: As `build_model`.
+    """
+    method = config.training_method
+    compute_type = torch.bfloat16 if precision == "bf16" else torch.float32
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(
+                load_model_config(config),
+                dtype=torch.float32 if method == "full" else compute_type,
+                trust_remote_code=config.trust_remote_code,
+            )
+        except LOADING_ERRORS as error:
+            name = str(config.model_config_file or config.model_name)
+            raise ConfigError(_cannot_load("model_name", name, "model", error)) from error
+        if method != "full":
+            model.requires_grad_(False)
+            if method == "qlora":
+                _pack_linear_layers(model, compute_type)
+            model = _add_adapters(model, config, lora)
+            if precision == "bf16":
+                _keep_input_types(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+class PackedLinear(torch.nn.Linear):
+    """The shape of a linear layer in NF4 with double quantisation.
+
+    Half a byte a weight, a byte for each 64 of them and 4 bytes for each 64 * 256 (Dettmers et al.
+    2023, arXiv 2305.14314).
+    """
+
+    def __init__(self, layer: torch.nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
+        size = layer.weight.numel()
+        packed = torch.empty(size // 2 + size // 64 + 4 * (size // (64 * 256)), dtype=torch.uint8)
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+        self.bias = layer.bias
+        self.dtype = dtype
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Unpacks, and multiplies."""
+        shape = (self.out_features, self.in_features)
+        result: torch.Tensor = _Unpacked.apply(  # type: ignore[no-untyped-call]
+            hidden, self.weight, shape, self.dtype
+        )
+        return result if self.bias is None else result + self.bias.to(result.dtype)
+
+
+class _Unpacked(torch.autograd.Function):
+    """Keeps the packed weight for the backward pass, and unpacks it there again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, packed: Any, shape: Any, dtype: Any) -> Any:
+        ctx.save_for_backward(packed)
+        ctx.shape, ctx.dtype = shape, dtype
+        return hidden.to(dtype) @ packed.new_empty(shape, dtype=dtype).t()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        (packed,) = ctx.saved_tensors
+        return gradient @ packed.new_empty(ctx.shape, dtype=ctx.dtype), None, None, None
+
+
+def _pack_linear_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Packs what transformers would: all linear layers but the head."""
+    head = model.get_output_embeddings()
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if type(layer) is torch.nn.Linear and layer is not head:
+                setattr(module, name, PackedLinear(layer, dtype))
 
 
 def load_model_config(config: ModelConfig) -> PreTrainedConfig:
@@ -422,6 +505,12 @@ def _add_adapters(base: PreTrainedModel, config: ModelConfig, lora: LoraConfig) 
         )
     except ValueError as error:  # a layer of a kind that cannot have an adapter
         raise ConfigError(f"lora_target_modules: {', '.join(targets)}: {error}") from error
+
+
+def _keep_input_types(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            setattr(module, "cast_input_dtype_enabled", False)  # noqa: B010
 
 
 def _load_adapters(model: PreTrainedModel, checkpoint: Path) -> None:

@@ -66,9 +66,13 @@ def predict(model: torch.nn.Module, micro_batch: MicroBatch) -> Prediction:
 class TargetLoss:
     """The loss of a model, in one of its kinds."""
 
-    def __init__(self, model: Any, kind: str) -> None:
-        """Takes the model without wrappers; see `choose_loss`."""
+    def __init__(self, model: Any, kind: str, device_type: str | None = None) -> None:
+        """Takes the model without wrappers; see `choose_loss`.
+
+        Chunks are those of a device, the model's own if none is given.
+        """
         self.kind = kind
+        self._device_type = device_type or model.device.type
         self._plain = model
         self._head: Any = None if kind == "logits" else model.get_output_embeddings()
 
@@ -83,7 +87,9 @@ class TargetLoss:
             return _sum_of_logits(_run(model, self._plain, micro_batch), micro_batch.labels)
         head_forward, labels = self._head.forward, micro_batch.labels.flatten()
         if type(self._head).forward is torch.nn.Linear.forward:  # and neither 4 bits nor adapters
-            at_head = functools.partial(_sum_of_linear, self.kind, self._head, labels)
+            at_head = functools.partial(
+                _sum_of_linear, self.kind, self._head, labels, self._num_rows()
+            )
         else:
             at_head = functools.partial(_sum_of_any, head_forward, labels, self._num_rows())
         return self._run_to_head(model, micro_batch, at_head)[0]
@@ -98,7 +104,7 @@ class TargetLoss:
         return Prediction(*self._run_to_head(model, micro_batch, at_head))
 
     def _num_rows(self) -> int:
-        return _count_rows(self._plain.config.get_text_config().vocab_size, self._plain.device.type)
+        return _count_rows(self._plain.config.get_text_config().vocab_size, self._device_type)
 
     def _run_to_head(
         self,
@@ -142,7 +148,7 @@ def choose_loss(
         ConfigError: The kind that was asked for cannot be had, or gives another loss.
     """
     vocabulary_size = model.config.get_text_config().vocab_size
-    kind = _choose_kind(wanted, device, tokens * vocabulary_size * 4)
+    kind = choose_kind(wanted, device.type, tokens * vocabulary_size * 4)
     loss = TargetLoss(model, "logits")
     if kind == "logits":
         return loss
@@ -168,17 +174,22 @@ def _only_if_auto(wanted: str, loss: TargetLoss, reason: str) -> TargetLoss:
     raise ConfigError(f"loss: {wanted} does not fit this model: {reason}; use auto or logits")
 
 
-def _choose_kind(wanted: str, device: torch.device, logits_bytes: int) -> str:
+def choose_kind(wanted: str, device_type: str, logits_bytes: int) -> str:
+    """Chooses how the loss is computed, before there is a model.
+
+    Raises:
+        ConfigError: The kind that was asked for cannot be had.
+    """
     has = {
         "torch": hasattr(F, "linear_cross_entropy"),
-        "liger": device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None,
+        "liger": device_type == "cuda" and importlib.util.find_spec("liger_kernel") is not None,
     }
     if wanted != "auto":
         if not has.get(wanted, True):
             needs = {"torch": "torch 2.13 or newer", "liger": "a GPU and liger-kernel"}[wanted]
             raise ConfigError(f"loss: {wanted} needs {needs}; use auto")
         return wanted
-    if device.type == "cpu":
+    if device_type == "cpu":
         return "chunked"
     if logits_bytes < SMALL_LOGITS_BYTES:
         return "logits"
@@ -236,14 +247,17 @@ def _sum_of_any(
 
 
 def _sum_of_linear(
-    kind: str, head: torch.nn.Linear, labels: torch.Tensor, hidden: torch.Tensor
+    kind: str,
+    head: torch.nn.Linear,
+    labels: torch.Tensor,
+    num_rows: int,
+    hidden: torch.Tensor,
 ) -> torch.Tensor:
     device = hidden.device.type
     uses_autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if uses_autocast else head.weight.dtype
     with torch.autocast(device, enabled=False):
         if kind == "chunked":
-            num_rows = _count_rows(head.out_features, device)
             loss_sum: torch.Tensor = LinearTargetLoss.apply(  # type: ignore[no-untyped-call]
                 hidden, head.weight, head.bias, labels, num_rows, dtype
             )

@@ -68,6 +68,12 @@ class Meter:
     matmul_flops: float
     """FLOP/s that the devices of all ranks together reach in a matrix product."""
     device: torch.device
+    memory_before: int
+    """Bytes in use before there was a model: on a CPU, Python and its libraries."""
+
+    def measure_peak(self) -> int:
+        """Gives the most that model and training have used, in bytes."""
+        return measure_memory(self.device).peak - self.memory_before
 
     def count_work(self, block_ids: Integers) -> tuple[int | None, float]:
         """Gives the model FLOPs of some blocks, and the share of their positions that is padding.

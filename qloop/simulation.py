@@ -1,0 +1,169 @@
+"""Runs a step of training on tensors that have no memory, and adds up what it would take.
+
+It is the very code that trains (attention, loss, recomputation, autocast), with torch's fake
+tensors; every storage that begins or ends is written down. The largest sum is the peak; what is
+alive then, by what it is for, are its parts. Fake tensors are those of a CPU, since torch has no
+others on a machine without a GPU; shapes and types are the same.
+
+Not seen: what kernels use inside, and what an allocator wastes between tensors.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qloop.data.batches import MicroBatch
+from qloop.model.attention import DOCUMENTS
+from qloop.model.loss import TargetLoss
+
+PARTS = ("parameters", "gradients", "optimizer", "activations", "loss", "working")
+"""working: what is there for a moment, such as a layer's values that are computed again."""
+
+
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down when storages begin and end, each by a number, counted from their beginning."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.events: list[tuple[int, int]] = []
+        """A storage's number and its bytes, negative at its end."""
+        self.position = 0
+        """The next storage's number."""
+        self._numbers: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.note(leaf)
+        return result
+
+    def note(self, tensor: torch.Tensor) -> int:
+        """Notes a tensor's storage, if it is new, and gives its number."""
+        storage = tensor.untyped_storage()
+        place = storage._cdata
+        if place not in self._numbers:
+            self._numbers[place] = self.position
+            self.events.append((self.position, storage.nbytes()))
+            weakref.finalize(storage, self._end, place, self.position, storage.nbytes())
+            self.position += 1
+        return self._numbers[place]
+
+    def alive_since(self, position: int) -> set[int]:
+        """Gives the storages that began then or later and have not ended."""
+        return {number for number in self._numbers.values() if number >= position}
+
+    def _end(self, place: int, number: int, size: int) -> None:
+        self.events.append((number, -size))
+        del self._numbers[place]
+
+
+def simulate_step(
+    model: Any,
+    loss_kind: str,
+    device_type: str,
+    batch_size: int,
+    length: int,
+    precision: str,
+    accumulates: bool,
+) -> dict[str, int]:
+    """Runs forward and backward of a micro-batch.
+
+    Args:
+        model: On the `meta` device, its activations set; of no use afterwards.
+        loss_kind: See `qloop.model.loss`.
+        device_type: The chunks of the loss are those of this device.
+        batch_size: Blocks.
+        length: Of a block.
+        precision: `bf16` or `fp32`.
+        accumulates: Whether the gradients of an earlier micro-batch wait meanwhile.
+
+    Returns:
+        Bytes at the peak, by PARTS; without the optimizer's.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _give_fake_memory(model)
+        micro_batch = _build_fake_batch(model, batch_size, length)
+        loss = TargetLoss(model, loss_kind, device_type)
+        model.train()
+        with Tape() as tape:
+            parameters = {tape.note(tensor) for tensor in (*model.parameters(), *model.buffers())}
+            if accumulates:  # those of an earlier micro-batch are there already
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.grad = torch.empty_like(parameter)
+            entered = _watch_head(model, tape)
+            began = tape.position
+            with torch.autocast(
+                "cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
+            ):
+                value = loss.sum(model, micro_batch)
+            kept = tape.alive_since(began)
+            losses = set(range(entered[-1] if entered else tape.position, tape.position))
+            torch.autograd.backward(value)
+            gradients = {tape.note(p.grad) for p in model.parameters() if p.grad is not None}
+            model.zero_grad()
+    return _sum_at_peak(
+        tape.events,
+        {
+            **dict.fromkeys(kept, "activations"),
+            **dict.fromkeys(losses, "loss"),
+            **dict.fromkeys(gradients, "gradients"),
+            **dict.fromkeys(parameters, "parameters"),
+        },
+    )
+
+
+def _sum_at_peak(events: list[tuple[int, int]], part_of: dict[int, str]) -> dict[str, int]:
+    """Replays the events, and gives the sums by part where their total is largest."""
+    now = dict.fromkeys(PARTS, 0)
+    total, largest, peak = 0, 0, dict(now)
+    for number, size in events:
+        now[part_of.get(number, "working")] += size
+        total += size
+        if total > largest:
+            largest, peak = total, dict(now)
+    return peak
+
+
+def _give_fake_memory(model: torch.nn.Module) -> None:
+    """Moves a model from `meta` to fake tensors, keeping what is tied tied."""
+    given: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in given:
+                    given[id(parameter)] = torch.nn.Parameter(
+                        torch.empty(parameter.shape, dtype=parameter.dtype),
+                        requires_grad=parameter.requires_grad,
+                    )
+                module._parameters[name] = given[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _build_fake_batch(model: Any, batch_size: int, length: int) -> MicroBatch:
+    ids = torch.empty(batch_size, length, dtype=torch.int64)
+    # Transformers' own attention looks at positions for documents, and there are no values; without
+    # positions it takes each row for one.
+    by_documents = model.config._attn_implementation == DOCUMENTS
+    places: Any = torch.empty_like(ids) if by_documents else None
+    micro_batch = MicroBatch(ids, torch.empty_like(ids), places)
+    vars(micro_batch)["boundaries"] = torch.empty(9, dtype=torch.int32)
+    return micro_batch
+
+
+def _watch_head(model: Any, tape: Tape) -> list[int]:
+    """Notes where on the tape the head is entered."""
+    entered: list[int] = []
+    head = model.get_output_embeddings()
+    if isinstance(head, torch.nn.Module):
+        head.register_forward_pre_hook(lambda *_: entered.append(tape.position))
+    return entered
