@@ -197,7 +197,8 @@ def _assemble(
         engine.plain, config.model.loss, accelerator.device, micro_batch_tokens, precision
     )
     if checkpoint:
-        on_all(accelerator, functools.partial(restore, engine, checkpoint))
+        put = functools.partial(restore, engine, checkpoint, config.optimizer.optimizer)
+        notes += filter(None, [on_all(accelerator, put)])
     reader = StepReader(
         corpus.train, index, step.blocks, step.accumulation, accelerator.process_index,
         accelerator.num_processes, config.run.seed, pins=accelerator.device.type == "cuda",
@@ -221,6 +222,7 @@ def _assemble(
         *describe_ledger(ledger, corpus.was_cached),
         model_line,
         f"product    {meter.matmul_flops / 1e12:.3g} TFLOP/s in {precision}, 100% of MFU",
+        *([f"optimizer  {engine.optimizer.describe()}"] if len(engine.optimizer.each) > 1 else []),
         f"attention  {attention}; packed documents do not see each other (logits move by "
         f"{isolation.swapped:.0e}, alone {isolation.alone:.0e})",
         *speed_lines,

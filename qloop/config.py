@@ -200,8 +200,13 @@ class ScheduleConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW; norms, biases and embeddings never decay."""
+    """The update of the weights; norms, biases and embeddings never decay."""
 
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon"] = Field(
+        "adamw",
+        description="adamw keeps 8 bytes a trained parameter, adamw_8bit 2, paged ones in memory "
+        "that yields to others; muon, with full only, 4 for the layers' matrices",
+    )
     weight_decay: float = Field(0.01, ge=0, description="decoupled decay of the weight matrices")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
@@ -435,7 +440,9 @@ def _read_file(
 def _iterate_entries(file: Path) -> Iterator[tuple[str, Any]]:
     """Yields what stands under any section's heading, and what stands under none."""
     for heading, content in _parse(file).items():
-        is_section = heading in Config.model_fields and isinstance(content, dict | None)
+        # An optimizer is a section if it is a table, and a key if it is text or nothing.
+        is_table = isinstance(content, dict if heading in KEYS else dict | None)
+        is_section = heading in Config.model_fields and is_table
         yield from ((content or {}) if is_section else {heading: content}).items()
 
 
@@ -498,7 +505,7 @@ def _find_contradictions(
             ("keep_every", "save_steps"),
             f"must be a multiple of save_steps = {save_steps}, got {every}",
         )
-    yield from _find_contradictions_of_model(model)
+    yield from _find_contradictions_of_model(model, config.optimizer.optimizer)
     if data.train_file and data.dataset_name:
         yield ("train_file", "dataset_name"), "contradicts dataset_name; give one of the two"
     if schedule.min_learning_rate > schedule.learning_rate:
@@ -515,7 +522,9 @@ def _find_contradictions(
         )
 
 
-def _find_contradictions_of_model(model: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+def _find_contradictions_of_model(
+    model: ModelConfig, optimizer: str
+) -> Iterator[tuple[tuple[str, ...], str]]:
     if model.model_config_file and model.training_method != "full":
         yield (
             ("training_method", "model_config_file"),
@@ -532,6 +541,12 @@ def _find_contradictions_of_model(model: ModelConfig) -> Iterator[tuple[tuple[st
         yield (
             ("offload_activations", "compile"),
             "cannot be compiled; leave one of the two out",
+        )
+    if optimizer == "muon" and model.training_method != "full":
+        yield (
+            ("optimizer", "training_method"),
+            f"muon makes steps of whole matrices, but {model.training_method} trains two thin "
+            "factors of each, whose product no such step fits; use adamw or adamw_8bit",
         )
     if model.model_config_file and model.tokenizer_name is None:
         yield ("model_config_file", "tokenizer_name"), "needs tokenizer_name beside it"

@@ -499,7 +499,7 @@ def test_moments_that_do_not_fit_are_refused_by_name(parts, harm):
         (folder / "optimizer.safetensors").write_bytes(b"no tensors")
     before = {p: dict(state) for p, state in parts.engine.optimizer.state.items()}
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors"):
-        restore(parts.engine, read_checkpoint(folder))
+        restore(parts.engine, read_checkpoint(folder), "adamw")
     assert {p: dict(state) for p, state in parts.engine.optimizer.state.items()} == before
 
 

@@ -628,7 +628,21 @@ def test_a_config_cannot_be_changed(section):
 def test_names_of_keys_are_unique_over_all_sections():
     names = [key.name for key in iterate_keys()]
     assert len(names) == len(set(names))
-    assert not set(names) & set(Config.model_fields), "a section's name is no key"
+    assert set(names) & set(Config.model_fields) == {"optimizer"}, "told apart by their values"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['optimizer = "muon"', '[optimizer]\noptimizer = "muon"', '[run]\noptimizer = "muon"'],
+)
+def test_the_optimizer_may_stand_under_its_section_any_other_or_none(text):
+    assert load(text + "\n").config.optimizer.optimizer == "muon"
+
+
+def test_an_optimizer_without_a_value_is_not_taken_for_an_empty_section():
+    assert refusal_of("optimizer:\n", ".yaml") == (
+        "config.yaml: 1 problem\n  optimizer: has no value; leave the line out"
+    )
 
 
 def test_every_key_has_a_description_of_one_line():
@@ -668,6 +682,13 @@ def test_offloading_what_is_not_recomputed_or_compiled_is_a_contradiction():
         load_flags(offload_activations="true", gradient_checkpointing="selective")
     with pytest.raises(ConfigError, match="offload_activations: cannot be compiled"):
         load_flags(offload_activations="true", compile="true")
+
+
+def test_muon_is_refused_for_adapters():
+    for method in ("lora", "qlora"):
+        text = refusal_of_flags(optimizer="muon", training_method=method)
+        assert f"optimizer: muon makes steps of whole matrices, but {method} trains two" in text
+    assert load_flags(optimizer="adamw_8bit", training_method="qlora")
 
 
 # Written and read again

@@ -258,7 +258,7 @@ class CheckpointManager:
         """Says so if the free space will not hold the checkpoints that the run is to make."""
         _, weights = engine.collect_weights()
         size = sum(piece.kind.nbytes for piece in weights.values())
-        size += sum(8 * math.prod(shape) for shape in engine.shapes().values())
+        size += sum(kind.nbytes for kind in engine.moment_kinds().values())
         size += sum(map(len, self._files.values()))
         saves = math.ceil((last_step - step) / self._settings.save_steps)
         kept = self._settings.keep_checkpoints + int(self._settings.keep_best)

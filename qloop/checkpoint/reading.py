@@ -70,11 +70,28 @@ def config_of(checkpoint: Checkpoint) -> Config:
         ) from error
 
 
-def restore(engine: Engine, checkpoint: Checkpoint) -> None:
+def restore(engine: Engine, checkpoint: Checkpoint, optimizer: str) -> str:
     """Puts the saved state into an engine whose model was built from the same checkpoint.
+
+    Moments are kept by an optimizer that was changed, too, where it keeps the very same ones.
+
+    Args:
+        engine: As built.
+        checkpoint: What the run goes on from.
+        optimizer: That of the config; `allow_change` let it differ from the checkpoint's.
+
+    Returns:
+        A line for the person where the moments start anew; empty where they go on.
 
     Raises:
         CheckpointError: The names, types or shapes are not those of this model; nothing was put.
     """
     stem, _ = engine.collect_weights()
-    engine.restore(SavedTensors(checkpoint.path, stem), SavedTensors(checkpoint.path, MOMENTS))
+    weights = SavedTensors(checkpoint.path, stem)
+    moments = SavedTensors(checkpoint.path, MOMENTS)
+    before = config_of(checkpoint).optimizer.optimizer
+    if before != optimizer and moments.kinds != engine.moment_kinds():
+        engine.restore(weights, None)
+        return f"optimizer  {before} -> {optimizer}: its moments start anew, as at step 1"
+    engine.restore(weights, moments)
+    return ""

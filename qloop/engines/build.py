@@ -19,7 +19,7 @@ from qloop.config import Config
 from qloop.engines.engine import Engine
 from qloop.errors import ConfigError
 from qloop.model.build import choose_precision
-from qloop.optimizer import build_optimizer
+from qloop.optimizer import Optimizers, build_optimizer
 from qloop.seeds import use_deterministic_kernels
 
 
@@ -63,6 +63,7 @@ def build_accelerator(config: Config) -> Accelerator:
         )
     if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         raise ConfigError(f"accelerate launch: {kind.value} is not supported; see launch/*.yaml")
+    _refuse_optimizer(config.optimizer.optimizer, kind, accelerator.device)
     if kind == DistributedType.FSDP:
         _set_up_fsdp(accelerator, config)
     if kind == DistributedType.DEEPSPEED:
@@ -124,12 +125,43 @@ def _accelerate(**options: Any) -> Accelerator:
 
 
 def _prepare(accelerator: Accelerator, model: torch.nn.Module, config: Config) -> Any:
-    return accelerator.prepare(model, build_optimizer(model, config.optimizer))
+    optimizer = build_optimizer(model, config.optimizer)
+    prepared, *each = accelerator.prepare(model, *optimizer.each)
+    return prepared, Optimizers(each)
 
 
 def _asks_for(engine: str) -> bool:
     """Whether `accelerate launch` was told to use it."""
     return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+
+
+def _refuse_optimizer(optimizer: str, kind: DistributedType, device: torch.device) -> None:
+    """Refuses an optimizer that this engine or this device does not make right steps with.
+
+    Raises:
+        ConfigError: It does not run here; says what does.
+    """
+    if kind == DistributedType.DEEPSPEED and optimizer != "adamw":
+        raise ConfigError(
+            f"optimizer: {optimizer} does not run under DeepSpeed, which cuts weights into flat "
+            "pieces that only adamw can update; use adamw, or launch with launch/multi_gpu.yaml"
+        )
+    is_bitsandbytes = optimizer in ("adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+    if kind == DistributedType.FSDP and is_bitsandbytes:
+        raise ConfigError(
+            f"optimizer: {optimizer} does not run under FSDP2, whose sharded weights bitsandbytes "
+            "cannot update; use adamw or muon, or launch with launch/multi_gpu.yaml"
+        )
+    if optimizer.startswith("paged") and device.type != "cuda":
+        raise ConfigError(
+            f"optimizer: {optimizer} needs a CUDA GPU, whose memory it lends out; this run "
+            f"computes on {device.type}: use {optimizer.removeprefix('paged_')}"
+        )
+    if is_bitsandbytes and device.type not in ("cuda", "cpu"):
+        raise ConfigError(
+            f"optimizer: {optimizer} runs on CUDA GPUs and on a CPU; this run computes on "
+            f"{device.type}: use adamw"
+        )
 
 
 def _set_up_fsdp(accelerator: Accelerator, config: Config) -> None:

@@ -5,6 +5,7 @@ norm is taken over all of them; a tensor that is saved is gathered in its turn, 
 restored is read row by row, so that no rank ever holds more than one of them whole.
 """
 
+import collections
 import functools
 from typing import Any
 
@@ -13,17 +14,22 @@ from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from qloop.checkpoint.tensors import Piece, SavedTensors, kind_of
-from qloop.errors import CheckpointError
+from qloop.checkpoint.tensors import Kind, Piece, SavedTensors, kind_of
 from qloop.model.saving import collect_weights
-from qloop.optimizer import clip_gradients, measure_grad_norm, set_learning_rate
+from qloop.optimizer import (
+    Optimizers,
+    clip_gradients,
+    measure_grad_norm,
+    moments_of,
+    set_learning_rate,
+)
 
 
 class Engine:
     """Makes the steps of a prepared model and optimizer, and knows where their tensors are."""
 
     def __init__(
-        self, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+        self, accelerator: Accelerator, model: torch.nn.Module, optimizer: Optimizers
     ) -> None:
         """Takes what `Accelerator.prepare` gave back."""
         self.accelerator = accelerator
@@ -62,57 +68,50 @@ class Engine:
 
     def collect_moments(self) -> dict[str, Piece]:
         """Gives the optimizer's tensors, each under its parameter's name and its own."""
-        return {
-            f"{name}/{moment}": _piece(tensor)
-            for name, parameter in self.trained.items()
-            for moment, tensor in self.optimizer.state[parameter].items()
-        }
+        state, pieces = self.optimizer.state, {}
+        for name, parameter in self.trained.items():
+            # Nothing is kept yet of a parameter that has had no gradient: it would start at 0.
+            kept = state.get(parameter) or collections.defaultdict(float)
+            for moment, blank in self._moments_of(name).items():
+                value = kept[moment]
+                if not isinstance(value, torch.Tensor):  # bitsandbytes counts its steps in Python
+                    value = torch.full_like(blank, value, device="cpu")
+                pieces[f"{name}/{moment}"] = _piece(value)
+        return pieces
 
-    def restore(self, weights: SavedTensors, moments: SavedTensors) -> None:
+    def restore(self, weights: SavedTensors, moments: SavedTensors | None) -> None:
         """Puts saved tensors where they belong; the weights are there since the model was built.
+
+        Args:
+            weights: The model's, or the adapter's.
+            moments: The optimizer's; None lets it start anew.
 
         Raises:
             CheckpointError: The names, types or shapes are not those of this model; nothing was
                 put.
         """
-        for name, found in find_moments(moments, self.shapes()).items():
-            parameter = self.trained[name]
-            # A step count stays where AdamW keeps it: fused, it is beside its parameter.
-            self.optimizer.state[parameter] = {
-                moment: _read(moments, f"{name}/{moment}", parameter) for moment in found
-            }
+        if moments is None:
+            return
+        moments.refuse_misfits(self.moment_kinds())
+        for name, parameter in self.trained.items():
+            saved = {m: _read(moments, f"{name}/{m}", parameter) for m in self._moments_of(name)}
+            self.optimizer.put_state(parameter, saved)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Gives the whole shape of each trained parameter."""
-        return {name: tuple(parameter.shape) for name, parameter in self.trained.items()}
+    def moment_kinds(self) -> dict[str, Kind]:
+        """Gives type and whole shape of each of the optimizer's tensors."""
+        return {
+            f"{name}/{moment}": kind_of(blank)
+            for name in self.trained
+            for moment, blank in self._moments_of(name).items()
+        }
 
+    def _moments_of(self, name: str) -> dict[str, torch.Tensor]:
+        parameter = self.trained[name]
+        return moments_of(self._optimizer_kinds[parameter], parameter.shape)
 
-def find_moments(
-    moments: SavedTensors, trained: dict[str, tuple[int, ...]]
-) -> dict[str, list[str]]:
-    """Finds the moments of each trained parameter.
-
-    Raises:
-        CheckpointError: The names, types or shapes are not those of this model.
-    """
-    found: dict[str, list[str]] = {name: [] for name in trained}
-    for key, kind in moments.kinds.items():
-        name, _, moment = key.rpartition("/")
-        shapes = (trained[name], ()) if name in trained else ()
-        if kind.shape not in shapes or kind.dtype != "F32":
-            raise CheckpointError(
-                f"{moments.place}: {key} of {kind.dtype} {list(kind.shape)} fits no trained "
-                "parameter of this model"
-            )
-        found[name].append(moment)
-    common = max(found.values(), key=len, default=[])
-    short = [name for name, some in found.items() if not some or set(some) != set(common)]
-    if short:
-        raise CheckpointError(
-            f"{moments.place}: lacks moments of {len(short)} trained parameters, the first "
-            f"{short[0]}"
-        )
-    return found
+    @functools.cached_property
+    def _optimizer_kinds(self) -> dict[torch.Tensor, str]:
+        return self.optimizer.kinds
 
 
 def _piece(tensor: torch.Tensor) -> Piece:

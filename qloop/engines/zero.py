@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator
 
 from qloop.checkpoint.tensors import Kind, Piece, SavedTensors, kind_of
-from qloop.engines.engine import Engine, find_moments
+from qloop.engines.engine import Engine
 from qloop.errors import ConfigError
 from qloop.model.saving import collect_weights
-from qloop.optimizer import set_learning_rate
+from qloop.optimizer import Optimizers, moments_of, set_learning_rate
 
 
 class ZeroEngine(Engine):
@@ -25,7 +25,7 @@ class ZeroEngine(Engine):
     """
 
     def __init__(
-        self, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+        self, accelerator: Accelerator, model: torch.nn.Module, optimizer: Optimizers
     ) -> None:
         """Takes what `Accelerator.prepare` gave back."""
         super().__init__(accelerator, model, optimizer)
@@ -80,10 +80,14 @@ class ZeroEngine(Engine):
                 pieces[f"{name}/{moment}"] = piece
         return pieces
 
-    def restore(self, weights: SavedTensors, moments: SavedTensors) -> None:
+    def restore(self, weights: SavedTensors, moments: SavedTensors | None) -> None:
         """Puts saved tensors where they belong.
 
         Weights too: DeepSpeed makes its fp32 ones of what the model has, which is bf16 there.
+
+        Args:
+            weights: The model's, or the adapter's.
+            moments: The optimizer's; None lets it start anew.
 
         Raises:
             CheckpointError: The names, types or shapes are not those of this model; nothing was
@@ -91,12 +95,15 @@ class ZeroEngine(Engine):
         """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        found = find_moments(moments, self.shapes())
+        if moments is not None:
+            moments.refuse_misfits(self.moment_kinds())
         for name, source in self._find_sources()[1].items():
             if isinstance(source, torch.nn.Parameter):
                 safe_set_full_fp32_param(source, weights.read(name).to(self.accelerator.device))
+        if moments is None:
+            return
         for name, parameter in self.trained.items():
-            for moment in found[name]:
+            for moment in self._moments_of(name):
                 saved = moments.read(f"{name}/{moment}")
                 if moment == "step":
                     for flat in self._list_partitions():
@@ -106,9 +113,8 @@ class ZeroEngine(Engine):
                         parameter, saved.to(self.accelerator.device), moment
                     )
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Gives the whole shape of each trained parameter."""
-        return {name: _whole_shape(parameter) for name, parameter in self.trained.items()}
+    def _moments_of(self, name: str) -> dict[str, torch.Tensor]:
+        return moments_of("adamw", _whole_shape(self.trained[name]))
 
     def _find_sources(self) -> tuple[str, dict[str, torch.Tensor]]:
         """Finds the parameter, or the buffer, behind each tensor that is saved."""
