@@ -7,9 +7,12 @@
     muon              matrices of the decoder layers; the rest by adamw  4
 
 So a run may have two or three optimizers, each with its own parameters; they stand behind one
-object, `Optimizers`, and follow one learning rate.
+object, `Optimizers`, and follow one learning rate. Of a model that was pretrained with AdamW, Muon
+is reported to make no better one than AdamW would (Liu et al. 2025, arXiv 2502.16982, where they
+finetune).
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -26,6 +29,7 @@ SMALL_PAGED = 100_000
 """Values from which on bitsandbytes puts moments into memory that the GPU may give back."""
 _BLOCK = 256  # values that share a scale in bitsandbytes' 8-bit moments
 _SCALES = ("absmax1", "absmax2")
+_PAGED_NAMES = {"exp_avg": "state1", "exp_avg_sq": "state2"}  # as bitsandbytes calls AdamW's
 
 Groups = dict[str, dict[str, torch.nn.Parameter]]
 
@@ -67,10 +71,23 @@ class Optimizers:
             for kind, each in sizes.items()
         )
 
-    @property
+    @functools.cached_property
     def kinds(self) -> dict[torch.Tensor, str]:
         """Which kind of optimizer updates a parameter, as `split_by_optimizer` names them."""
         return {p: group["kind"] for group in self.param_groups for p in group["params"]}
+
+    def read_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Gives what is kept of a parameter, as `moments_of` names it."""
+        optimizer, _, _ = self._places[parameter]
+        kind, kept = self.kinds[parameter], optimizer.state.get(parameter, {})
+        state = {}
+        for name, blank in moments_of(kind, parameter.shape).items():
+            # Nothing is kept of a parameter that has had no gradient yet: all of it starts at 0.
+            value = kept[_name_in(kind, name)] if kept else 0.0
+            if not isinstance(value, torch.Tensor):  # bitsandbytes counts its steps in Python
+                value = torch.full_like(blank, value, device="cpu")
+            state[name] = value
+        return state
 
     def put_state(self, parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         """Replaces what is kept of a parameter.
@@ -79,8 +96,9 @@ class Optimizers:
             parameter: Of one of the optimizers.
             tensors: As `moments_of` names them, where the parameter is.
         """
-        optimizer, group, place = self._find(parameter)
-        if not hasattr(optimizer, "init_state"):
+        optimizer, group, place = self._places[parameter]
+        kind = self.kinds[parameter]
+        if kind in ("adamw", "muon"):
             # A step count stays where AdamW keeps it: fused, it is beside its parameter.
             optimizer.state[parameter] = tensors
             return
@@ -91,17 +109,17 @@ class Optimizers:
             if name == "step":
                 state[name] = int(tensor)
             else:
-                state[name].copy_(tensor)
+                state[_name_in(kind, name)].copy_(tensor)
 
-    def _find(self, parameter: torch.Tensor) -> tuple[Any, int, int]:
-        """Gives a parameter's optimizer without a wrapper, its group and its place there."""
-        return next(
-            (getattr(optimizer, "optimizer", optimizer), number, place)
+    @functools.cached_property
+    def _places(self) -> dict[torch.Tensor, tuple[Any, int, int]]:
+        """Gives each parameter's optimizer without a wrapper, its group and its place there."""
+        return {
+            parameter: (getattr(optimizer, "optimizer", optimizer), number, place)
             for optimizer in self.each
             for number, group in enumerate(optimizer.param_groups)
-            for place, other in enumerate(group["params"])
-            if other is parameter
-        )
+            for place, parameter in enumerate(group["params"])
+        }
 
 
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> Optimizers:
@@ -142,7 +160,12 @@ def split_by_optimizer(model: torch.nn.Module, optimizer: str) -> Groups:
         ConfigError: Muon, for a model that does not say what its layers are.
     """
     decayed, spared = split_for_decay(model)
-    hidden = {id(p) for layer in find_layers(model) for p in layer.parameters() if p.ndim == 2}
+    hidden = {
+        id(parameter)
+        for layer in find_layers(model)
+        for parameter in layer.parameters()
+        if parameter.ndim == 2 and min(parameter.shape) > 1
+    }
     if optimizer == "muon" and not hidden:
         raise ConfigError(
             f"optimizer: muon is for the matrices of decoder layers, and {type(model).__name__} "
@@ -164,8 +187,8 @@ def split_by_optimizer(model: torch.nn.Module, optimizer: str) -> Groups:
 def moments_of(kind: str, shape: Sequence[int]) -> dict[str, torch.Tensor]:
     """Gives what is saved of a parameter of a kind of optimizer, as tensors without values.
 
-    Constants that bitsandbytes makes again are not saved: the values of its 8 bits, `qmap1` and
-    `qmap2`.
+    Memory that is paged holds what other memory would. Constants that bitsandbytes makes again are
+    not saved: the values of its 8 bits, `qmap1` and `qmap2`.
 
     >>> {name: moment.nbytes for name, moment in moments_of("adamw_8bit", (64, 128)).items()}
     {'step': 4, 'state1': 8192, 'state2': 8192, 'absmax1': 128, 'absmax2': 128}
@@ -181,8 +204,7 @@ def moments_of(kind: str, shape: Sequence[int]) -> dict[str, torch.Tensor]:
         scales = (math.ceil(math.prod(shape) / _BLOCK),)
         states = {name: without_values(shape, torch.uint8) for name in ("state1", "state2")}
         return {**step, **states, **{name: without_values(scales) for name in _SCALES}}
-    names = ("state1", "state2") if kind == "paged_adamw" else ("exp_avg", "exp_avg_sq")
-    return {**step, **{name: without_values(shape) for name in names}}
+    return {**step, **{name: without_values(shape) for name in _PAGED_NAMES}}
 
 
 def count_state_bytes(model: torch.nn.Module, optimizer: str) -> int:
@@ -201,6 +223,11 @@ def count_state_bytes(model: torch.nn.Module, optimizer: str) -> int:
         for parameter in parameters.values()
         for moment in moments_of(kind, parameter.shape).values()
     )
+
+
+def _name_in(kind: str, moment: str) -> str:
+    """Names a moment as its optimizer does."""
+    return _PAGED_NAMES.get(moment, moment) if kind == "paged_adamw" else moment
 
 
 def _build(kind: str, groups: list[dict[str, Any]], config: OptimizerConfig) -> Any:

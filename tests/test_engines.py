@@ -8,10 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+)
 
+from qloop.assembly import assemble
 from qloop.config import Config, load_config
 from qloop.engines.build import (
+    _refuse_optimizer,
+    _refuse_thin_matrices,
     _set_up_deepspeed,
     _set_up_fsdp,
     build_accelerator,
@@ -52,6 +59,66 @@ def test_one_process_has_no_engine_by_name_and_reads_the_weights():
     accelerator = build_accelerator(config())
     assert describe_engine(accelerator) == ""
     assert reads_weights(accelerator)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind", "device", "message"),
+    [
+        ("muon", "DEEPSPEED", "cuda", "muon does not run under DeepSpeed.*use adamw, or launch"),
+        ("adamw_8bit", "DEEPSPEED", "cuda", "adamw_8bit does not run under DeepSpeed"),
+        ("adamw_8bit", "FSDP", "cuda", "adamw_8bit does not run under FSDP2.*use adamw or muon"),
+        ("paged_adamw", "FSDP", "cuda", "paged_adamw does not run under FSDP2"),
+        ("paged_adamw", "NO", "cpu", "paged_adamw needs a CUDA GPU.*on cpu: use adamw$"),
+        ("paged_adamw_8bit", "NO", "cpu", "paged_adamw_8bit needs.*on cpu: use adamw_8bit$"),
+        ("paged_adamw", "NO", "mps", "paged_adamw runs on CUDA GPUs.*computes on mps: use adamw$"),
+    ],
+)
+def test_an_optimizer_is_refused_where_it_makes_no_right_steps(optimizer, kind, device, message):
+    with pytest.raises(ConfigError, match=f"^optimizer: {message}"):
+        _refuse_optimizer(optimizer, DistributedType(kind), torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind", "device"),
+    [
+        ("adamw", "DEEPSPEED", "cuda"),
+        ("adamw", "FSDP", "mps"),
+        ("muon", "FSDP", "cuda"),
+        ("muon", "MULTI_GPU", "cpu"),
+        ("adamw_8bit", "MULTI_GPU", "cpu"),
+        ("paged_adamw_8bit", "MULTI_GPU", "cuda"),
+    ],
+)
+def test_an_optimizer_is_taken_where_it_does(optimizer, kind, device):
+    _refuse_optimizer(optimizer, DistributedType(kind), torch.device(device))
+
+
+def test_a_paged_optimizer_is_refused_on_a_cpu_before_anything_is_read(tmp_path):
+    missing = {"model_name": str(tmp_path / "none"), "train_file": str(tmp_path / "none")}
+    flags = {**missing, "output_dir": str(tmp_path), "optimizer": "paged_adamw_8bit"}
+    words = [word for key, value in flags.items() for word in (f"--{key}", value)]
+    done = subprocess.run(
+        [sys.executable, "-m", "qloop", "train", *words],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 78
+    assert "paged_adamw_8bit needs a CUDA GPU" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_matrix_of_fewer_rows_than_ranks_is_refused_by_name_under_muon(make_config):
+    parts = assemble(make_config(), [])
+    parts.close()
+    _refuse_thin_matrices(parts.model, "muon", 16)
+    _refuse_thin_matrices(parts.model, "adamw", 17)
+    with pytest.raises(
+        ConfigError, match=r"cannot cut model\.layers\.0\.self_attn\.k_proj\.weight"
+    ):
+        _refuse_thin_matrices(parts.model, "muon", 17)
 
 
 def of_fsdp(**keys) -> SimpleNamespace:

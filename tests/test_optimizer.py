@@ -1,23 +1,33 @@
-"""AdamW: which weights decay, the gradient norm, and one update by hand."""
+"""The optimizers: which updates and decays what, what each keeps, and one update by hand."""
 
+import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 from workspace import ARCHITECTURES, write_model_config
 
 from qloop.config import LoraConfig, ModelConfig, OptimizerConfig
+from qloop.errors import ConfigError
 from qloop.model.build import build_model
 from qloop.optimizer import (
+    Optimizers,
     build_optimizer,
     clip_gradients,
+    count_state_bytes,
     measure_grad_norm,
+    moments_of,
     set_learning_rate,
+    split_by_optimizer,
     split_for_decay,
 )
 
 CPU = torch.device("cpu")
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon")
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 # What names tell: Qwen's and GPT-2's norms, any bias, embeddings of tokens and of positions.
@@ -52,7 +62,7 @@ def parameters_with(gradients: list[list[float]]) -> list[torch.nn.Parameter]:
     return parameters
 
 
-def build_linear(**keys) -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
+def build_linear(**keys) -> tuple[torch.nn.Linear, Optimizers]:
     """A weight of 2 that decays and a bias of -1 that does not."""
     model = torch.nn.Linear(1, 1)
     with torch.no_grad():
@@ -61,7 +71,7 @@ def build_linear(**keys) -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
     return model, build_optimizer(model, OptimizerConfig(**keys))
 
 
-def update(model: torch.nn.Linear, optimizer: torch.optim.Optimizer, gradient: float) -> None:
+def update(model: torch.nn.Linear, optimizer: Optimizers, gradient: float) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, gradient)
     optimizer.step()
@@ -201,6 +211,328 @@ def test_decay_does_not_depend_on_the_gradient():
     update(model, optimizer, gradient=0.0)
     assert model.weight.item() == pytest.approx(1.9, rel=1e-6)
     assert model.bias.item() == -1.0
+
+
+def test_the_fused_update_is_that_of_the_plain_one():
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(64, 32, generator=generator)
+    plain = torch.nn.Parameter(start.clone())
+    theirs = torch.optim.AdamW(
+        [plain], lr=0.1, betas=(0.9, 0.95), weight_decay=0.01, fused=False, foreach=False
+    )
+    ours, optimizer = build_matrix(start, "adamw")
+    for _ in range(5):
+        plain.grad = torch.randn(64, 32, generator=generator)
+        ours.weight.grad = plain.grad.clone()
+        theirs.step()
+        optimizer.step()
+    assert (ours.weight - plain).abs().max() < 1e-6
+    assert (plain - start).abs().max() > 0.1
+
+
+# Which optimizer updates what
+
+DEMO = Path(__file__).parent.parent / "qloop/demo/model/config.json"
+NORMS = ("input", "post_attention")
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Decoder(torch.nn.Module):
+    """One layer of one matrix, as transformers marks layers."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.layer = GradientCheckpointingLayer()
+        self.layer.weight = torch.nn.Parameter(weight.clone())
+
+    @property
+    def weight(self) -> torch.nn.Parameter:
+        return self.layer.weight
+
+
+def build_matrix(
+    weight: torch.Tensor, optimizer: str, rate: float = 0.1
+) -> tuple[Decoder, Optimizers]:
+    """A model of one matrix, with its optimizer at a rate."""
+    model = Decoder(weight)
+    built = build_optimizer(model, OptimizerConfig(optimizer=optimizer))
+    set_learning_rate(built, rate)
+    return model, built
+
+
+def build_demo(folder: Path, **keys) -> torch.nn.Module:
+    """The demo's model on the device meta: names and shapes without values."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(DEMO.read_text()), **keys}))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(file))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_updates_the_matrices_of_the_layers_and_adamw_all_else(tmp_path, tied):
+    groups = split_by_optimizer(build_demo(tmp_path, tie_word_embeddings=tied), "muon")
+    layers = [f"model.layers.{number}." for number in range(4)]
+    blocks = {name: "self_attn" if name in MATRICES[:4] else "mlp" for name in MATRICES}
+    assert set(groups["muon"]) == {
+        f"{layer}{blocks[name]}.{name}.weight" for layer in layers for name in MATRICES
+    }
+    assert set(groups["adamw"]) == {
+        *("model.embed_tokens.weight", "model.norm.weight"),
+        *([] if tied else ["lm_head.weight"]),
+        *(f"{layer}self_attn.{name}.bias" for layer in layers for name in MATRICES[:3]),
+        *(f"{layer}{name}_layernorm.weight" for layer in layers for name in NORMS),
+    }
+
+
+def test_eight_bits_keep_the_matrices_and_an_untied_head_but_no_embedding(tmp_path):
+    groups = split_by_optimizer(build_demo(tmp_path, tie_word_embeddings=False), "adamw_8bit")
+    assert len(groups["adamw_8bit"]) == 4 * 7 + 1
+    assert "lm_head.weight" in groups["adamw_8bit"]
+    assert "model.embed_tokens.weight" in groups["adamw"]
+    assert all(name.endswith((*SPARED, "embed_tokens.weight")) for name in groups["adamw"])
+
+
+def test_small_matrices_are_worth_no_eight_bits(tmp_path):
+    """16 x 32 values for the keys, 32 x 1024 for the head: from 4096 on."""
+    groups = split_by_optimizer(build(tmp_path, tie_word_embeddings=False), "adamw_8bit")
+    assert set(groups["adamw_8bit"]) == {"lm_head.weight"}
+
+
+def test_large_tensors_are_paged_and_an_embedding_in_32_bits(tmp_path):
+    model = build_demo(tmp_path)
+    groups = split_by_optimizer(model, "paged_adamw_8bit")
+    assert {kind: len(parameters) for kind, parameters in groups.items()} == {
+        "paged_adamw_8bit": 28, "paged_adamw": 1, "adamw": 21,
+    }  # fmt: skip
+    assert set(groups["paged_adamw"]) == {"model.embed_tokens.weight"}
+    sizes = [p.numel() for p in split_by_optimizer(model, "paged_adamw")["adamw"].values()]
+    assert max(sizes) < 100_000
+
+
+@every_architecture
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_trained_parameter_has_exactly_one_optimizer(tmp_path, architecture, optimizer):
+    model = build(tmp_path, architecture)
+    groups = split_by_optimizer(model, optimizer)
+    names = [name for parameters in groups.values() for name in parameters]
+    assert sorted(names) == sorted(trained_names(model))
+    built = build_optimizer(model, OptimizerConfig(optimizer=optimizer))
+    assert built.kinds == {p: kind for kind, group in groups.items() for p in group.values()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "muon"])
+def test_the_same_weights_decay_under_every_optimizer(tmp_path, optimizer):
+    model = build(tmp_path, hidden_size=64, tie_word_embeddings=False)
+    built = build_optimizer(model, OptimizerConfig(optimizer=optimizer, weight_decay=0.05))
+    decays = {p for g in built.param_groups if g["weight_decay"] == 0.05 for p in g["params"]}
+    spares = {p for g in built.param_groups if g["weight_decay"] == 0.0 for p in g["params"]}
+    decayed, spared = split_for_decay(model)
+    assert (decays, spares) == (set(decayed.values()), set(spared.values()))
+    assert len(built.each) == 2
+
+
+def test_one_rate_is_set_for_all_optimizers(tmp_path):
+    built = build_optimizer(build(tmp_path), OptimizerConfig(optimizer="muon"))
+    set_learning_rate(built, 3e-4)
+    assert [group["lr"] for group in built.param_groups] == [3e-4] * 4
+
+
+def test_a_model_that_does_not_say_what_its_layers_are_is_refused_by_muon_alone():
+    model = torch.nn.Linear(64, 64)
+    with pytest.raises(ConfigError, match=r"optimizer: muon .* Linear does not say .* use adamw"):
+        build_optimizer(model, OptimizerConfig(optimizer="muon"))
+    assert len(build_optimizer(model, OptimizerConfig(optimizer="adamw_8bit")).each) == 2
+
+
+def test_a_matrix_of_one_row_is_a_vector_to_muon():
+    groups = split_by_optimizer(Decoder(torch.zeros(2, 64)), "muon")
+    assert list(groups) == ["muon"]
+    with pytest.raises(ConfigError, match="does not say what its layers are"):
+        split_by_optimizer(Decoder(torch.zeros(1, 64)), "muon")
+
+
+def test_gradients_of_all_optimizers_are_dropped(tmp_path):
+    model = build(tmp_path)
+    built = build_optimizer(model, OptimizerConfig(optimizer="muon"))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    built.zero_grad()
+    assert [parameter.grad for parameter in model.parameters()] == [None] * len(built.kinds)
+
+
+# Muon
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (32, 64), (48, 48)])
+def test_muons_update_is_nearly_orthogonal_and_of_the_size_of_adamws(shape):
+    """Its singular values are nearly equal, whatever the gradient's are: here 1 to 1000."""
+    generator = torch.Generator().manual_seed(0)
+    rank = min(shape)
+    left, _ = torch.linalg.qr(torch.randn(shape[0], rank, generator=generator))
+    right, _ = torch.linalg.qr(torch.randn(shape[1], rank, generator=generator))
+    gradient = left * torch.logspace(0, 3, rank) @ right.T
+    model, optimizer = build_matrix(torch.zeros(shape), "muon", rate=1.0)
+    model.weight.grad = gradient
+    optimizer.step()
+    values = torch.linalg.svdvals(model.weight.detach()) / (0.2 * math.sqrt(max(shape)))
+    assert values.max() < 1.3
+    # Five iterations lift values below a hundredth of the norm only so far.
+    large = torch.logspace(0, 3, rank).flip(0) > 30
+    assert values[large].min() > 0.6
+    assert (model.weight * gradient).sum() < 0, "downhill"
+
+
+def test_muons_update_of_an_even_gradient_has_a_root_mean_square_of_a_fifth_of_the_rate():
+    gradient = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    model, optimizer = build_matrix(torch.zeros(64, 32), "muon", rate=0.1)
+    model.weight.grad = gradient
+    optimizer.step()
+    assert model.weight.detach().square().mean().sqrt() == pytest.approx(0.2 * 0.1, rel=0.2)
+
+
+def test_muon_decays_by_the_rate_itself():
+    """With a gradient of 0 a weight loses rate * weight_decay of itself: 0.1 * 0.01."""
+    model, optimizer = build_matrix(torch.ones(8, 4), "muon", rate=0.1)
+    model.weight.grad = torch.zeros(8, 4)
+    optimizer.step()
+    assert torch.allclose(model.weight, torch.full((8, 4), 0.999))
+
+
+# 8 bits
+
+
+def test_eight_bit_updates_are_near_those_of_32_bits():
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(64, 128, generator=generator)
+    (exact, one), (rounded, other) = (build_matrix(start, kind) for kind in OPTIMIZERS[:2])
+    for _ in range(5):
+        gradient = torch.randn(64, 128, generator=generator)
+        for model, optimizer in ((exact, one), (rounded, other)):
+            model.weight.grad = gradient.clone()
+            optimizer.step()
+    moved = (exact.weight - start).norm()
+    apart = (rounded.weight - exact.weight).norm()
+    assert 0 < apart < 0.1 * moved
+
+
+# What is kept
+
+
+def take_steps(model: torch.nn.Module, built: Optimizers, seed: int = 0) -> None:
+    """Two steps on gradients of a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    set_learning_rate(built, 1e-2)
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        built.step()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "muon"])
+def test_what_is_kept_is_all_that_an_optimizer_has_and_is_of_the_size_that_was_counted(
+    tmp_path, optimizer
+):
+    model = build(tmp_path, hidden_size=64, tie_word_embeddings=False)
+    built = build_optimizer(model, OptimizerConfig(optimizer=optimizer))
+    take_steps(model, built)
+    size = 0
+    for parameter, kind in built.kinds.items():
+        kept, live = built.read_state(parameter), built.state[parameter]
+        assert set(live) - {"qmap1", "qmap2"} == set(kept)
+        expected = moments_of(kind, parameter.shape)
+        assert {n: (t.dtype, t.shape) for n, t in kept.items()} == {
+            n: (t.dtype, t.shape) for n, t in expected.items()
+        }
+        assert all(kept[name].ne(0).any() for name in kept)
+        size += sum(tensor.nbytes for tensor in kept.values())
+    assert size == count_state_bytes(model, optimizer)
+    assert size == count_state_bytes(model.to("meta"), optimizer)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        ("adamw", 8.00),
+        ("paged_adamw", 8.00),
+        ("adamw_8bit", 2 + 2 * 4 / 256),
+        ("paged_adamw_8bit", 2 + 2 * 4 / 256),
+        ("muon", 4.00),
+    ],
+)
+def test_the_bytes_of_a_parameter_of_a_large_matrix(optimizer, expected):
+    with torch.device("meta"):
+        model = Decoder(torch.zeros(1024, 1024))
+    assert count_state_bytes(model, optimizer) / 1024**2 == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "muon"])
+def test_an_optimizer_that_was_put_what_another_kept_goes_on_like_it(tmp_path, optimizer):
+    keys = {"hidden_size": 64, "tie_word_embeddings": False}
+    one, other = (build(tmp_path, **keys) for _ in range(2))
+    first, second = (
+        build_optimizer(model, OptimizerConfig(optimizer=optimizer)) for model in (one, other)
+    )
+    take_steps(one, first)
+    other.load_state_dict(one.state_dict())
+    for (_, mine), (_, theirs) in zip(
+        other.named_parameters(), one.named_parameters(), strict=True
+    ):
+        kept = first.read_state(theirs)
+        second.put_state(mine, {name: tensor.clone() for name, tensor in kept.items()})
+    take_steps(one, first, seed=1)
+    take_steps(other, second, seed=1)
+    for mine, theirs in zip(other.parameters(), one.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw", "paged_adamw_8bit"])
+def test_what_is_put_into_paged_memory_is_read_again(optimizer):
+    """As far as a CPU goes, where bitsandbytes takes other memory instead."""
+    model, built = build_matrix(torch.zeros(512, 256), optimizer)
+    [kind] = built.kinds.values()
+    assert kind == optimizer
+    generator = torch.Generator().manual_seed(0)
+    moments = {
+        name: (torch.rand(blank.shape, generator=generator) * 200 + 1).to(blank.dtype)
+        for name, blank in moments_of(kind, (512, 256)).items()
+    }
+    moments["step"] = torch.tensor(7.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        built.put_state(model.weight, moments)
+    read = built.read_state(model.weight)
+    assert read.keys() == moments.keys()
+    assert all(torch.equal(read[name], moments[name]) for name in moments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["paged_adamw", "paged_adamw_8bit"])
+def test_a_paged_optimizer_goes_on_from_what_it_kept(optimizer):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    start = torch.randn(512, 256, device="cuda")
+    one, first = build_matrix(start, optimizer)
+    take_steps_on_gpu(one, first)
+    other, second = build_matrix(one.weight.detach(), optimizer)
+    kept = {name: tensor.clone() for name, tensor in first.read_state(one.weight).items()}
+    second.put_state(other.weight, kept)
+    assert second.state[other.weight]["state1"].is_paged
+    for model, built in ((one, first), (other, second)):
+        take_steps_on_gpu(model, built)
+    assert torch.equal(one.weight, other.weight)
+
+
+def take_steps_on_gpu(model: Decoder, built: Optimizers) -> None:
+    for number in range(2):
+        model.weight.grad = torch.full_like(model.weight, 0.5 + number)
+        built.step()
+
+
+def test_a_parameter_without_a_gradient_is_kept_as_it_would_start():
+    model, built = build_matrix(torch.zeros(64, 64), "adamw_8bit")
+    kept = built.read_state(model.weight)
+    assert set(kept) == {"step", "state1", "state2", "absmax1", "absmax2"}
+    assert not any(tensor.any() for tensor in kept.values())
 
 
 # The gradient norm

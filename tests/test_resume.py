@@ -6,10 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from qloop.checkpoint.reading import Checkpoint, Origins
+from qloop.assembly import assemble
+from qloop.checkpoint.reading import Checkpoint, Origins, read_checkpoint, restore
 from qloop.config import Config, load_config
 from qloop.data.batches import block_ids_at
 from qloop.errors import CheckpointError, ConfigError
@@ -114,6 +117,36 @@ def test_what_a_run_is_made_of_may_change_where_it_is_allowed(config, make_confi
     train(make_config(**changed, allow_change="train_file,corpus"), [])
     assert steps_of(config) == list(range(1, 9))
     train(make_config(train_file=corpus, max_steps=9), [])  # now it is this run's
+
+
+def test_another_optimizer_is_refused_and_where_it_is_allowed_its_moments_start_anew(
+    config, make_config, capsys
+):
+    changed = {"optimizer": "muon", "max_steps": 8}
+    with pytest.raises(ConfigError, match=r"optimizer: .?adamw.? -> .?muon") as error:
+        train(make_config(**changed), [])
+    assert "--allow_change optimizer" in str(error.value)
+    train(make_config(**changed, allow_change="optimizer"), [])
+    assert (
+        "optimizer  adamw -> muon: its moments start anew, as at step 1" in capsys.readouterr().out
+    )
+    assert steps_of(config) == list(range(1, 9))
+    moments = load_file(checkpoints_of(config) / "checkpoint-8/optimizer.safetensors")
+    assert moments["model.norm.weight/step"] == 2
+    train(make_config(optimizer="muon", max_steps=9), [])  # now it is this run's
+    assert "start anew" not in capsys.readouterr().out
+
+
+def test_moments_that_are_merely_paged_go_on(config, make_config):
+    checkpoint = read_checkpoint(checkpoints_of(config) / "checkpoint-6")
+    parts = assemble(make_config(experiment_name="other"), [])
+    checkpoint.origins.config["optimizer"]["optimizer"] = "paged_adamw"
+    assert restore(parts.engine, checkpoint, "adamw") == ""
+    parts.close()
+    saved = load_file(checkpoint.path / "optimizer.safetensors")
+    pieces = parts.engine.collect_moments()
+    assert pieces.keys() == saved.keys()
+    assert all(torch.equal(piece.gather(), saved[name]) for name, piece in pieces.items())
 
 
 def test_another_step_size_goes_on_with_the_next_block(make_config):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from workspace import write_model_config
 
 from qloop.assembly import assemble
 from qloop.config import Config, dump_yaml, load_config
@@ -127,6 +128,27 @@ def test_a_killed_full_run_resumes_to_the_last_bit_in_mid_epoch(make_config, acc
     killed = make_config(experiment_name="killed", **keys)
     train(killed, [])
     assert_same_run(whole, killed, 8)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "moment"), [("adamw_8bit", "absmax2"), ("muon", "momentum_buffer")]
+)
+def test_a_killed_run_resumes_to_the_last_bit_with_another_optimizer(
+    make_config, optimizer, moment
+):
+    wide = make_config().run.output_dir.parent / "wide"
+    keys = {
+        "model_config_file": write_model_config(wide, hidden_size=64, intermediate_size=96),
+        "optimizer": optimizer,
+    }
+    whole = make_config(experiment_name="whole", **keys)
+    train(whole, [])
+    keep_run_until(whole, 3, "killed")
+    killed = make_config(experiment_name="killed", **keys)
+    train(killed, [])
+    assert_same_run(whole, killed, 6)
+    moments = [name for name in read_tensors(whole, 6) if name.endswith(f"/{moment}")]
+    assert len([name for name in moments if "model.layers" in name]) >= 6
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

@@ -19,7 +19,7 @@ from qloop.config import Config
 from qloop.engines.engine import Engine
 from qloop.errors import ConfigError
 from qloop.model.build import choose_precision
-from qloop.optimizer import Optimizers, build_optimizer
+from qloop.optimizer import Optimizers, build_optimizer, split_by_optimizer
 from qloop.seeds import use_deterministic_kernels
 
 
@@ -125,6 +125,8 @@ def _accelerate(**options: Any) -> Accelerator:
 
 
 def _prepare(accelerator: Accelerator, model: torch.nn.Module, config: Config) -> Any:
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _refuse_thin_matrices(model, config.optimizer.optimizer, accelerator.num_processes)
     optimizer = build_optimizer(model, config.optimizer)
     prepared, *each = accelerator.prepare(model, *optimizer.each)
     return prepared, Optimizers(each)
@@ -152,16 +154,30 @@ def _refuse_optimizer(optimizer: str, kind: DistributedType, device: torch.devic
             f"optimizer: {optimizer} does not run under FSDP2, whose sharded weights bitsandbytes "
             "cannot update; use adamw or muon, or launch with launch/multi_gpu.yaml"
         )
-    if optimizer.startswith("paged") and device.type != "cuda":
-        raise ConfigError(
-            f"optimizer: {optimizer} needs a CUDA GPU, whose memory it lends out; this run "
-            f"computes on {device.type}: use {optimizer.removeprefix('paged_')}"
-        )
     if is_bitsandbytes and device.type not in ("cuda", "cpu"):
         raise ConfigError(
             f"optimizer: {optimizer} runs on CUDA GPUs and on a CPU; this run computes on "
             f"{device.type}: use adamw"
         )
+    if optimizer.startswith("paged") and device.type != "cuda":
+        raise ConfigError(
+            f"optimizer: {optimizer} needs a CUDA GPU, whose memory it lends out; this run "
+            f"computes on {device.type}: use {optimizer.removeprefix('paged_')}"
+        )
+
+
+def _refuse_thin_matrices(model: torch.nn.Module, optimizer: str, num_ranks: int) -> None:
+    """Refuses matrices of which some ranks would hold no row: torch's Muon cannot update those.
+
+    Raises:
+        ConfigError: There is one; its name.
+    """
+    for name, parameter in split_by_optimizer(model, optimizer).get("muon", {}).items():
+        if len(parameter) < num_ranks:
+            raise ConfigError(
+                f"optimizer: muon cannot cut {name} of {len(parameter)} rows over {num_ranks} "
+                "processes under FSDP2; use adamw, or fewer processes"
+            )
 
 
 def _set_up_fsdp(accelerator: Accelerator, config: Config) -> None:

@@ -5,7 +5,6 @@ norm is taken over all of them; a tensor that is saved is gathered in its turn, 
 restored is read row by row, so that no rank ever holds more than one of them whole.
 """
 
-import collections
 import functools
 from typing import Any
 
@@ -68,16 +67,11 @@ class Engine:
 
     def collect_moments(self) -> dict[str, Piece]:
         """Gives the optimizer's tensors, each under its parameter's name and its own."""
-        state, pieces = self.optimizer.state, {}
-        for name, parameter in self.trained.items():
-            # Nothing is kept yet of a parameter that has had no gradient: it would start at 0.
-            kept = state.get(parameter) or collections.defaultdict(float)
-            for moment, blank in self._moments_of(name).items():
-                value = kept[moment]
-                if not isinstance(value, torch.Tensor):  # bitsandbytes counts its steps in Python
-                    value = torch.full_like(blank, value, device="cpu")
-                pieces[f"{name}/{moment}"] = _piece(value)
-        return pieces
+        return {
+            f"{name}/{moment}": _piece(tensor)
+            for name, parameter in self.trained.items()
+            for moment, tensor in self.optimizer.read_state(parameter).items()
+        }
 
     def restore(self, weights: SavedTensors, moments: SavedTensors | None) -> None:
         """Puts saved tensors where they belong; the weights are there since the model was built.
@@ -107,11 +101,7 @@ class Engine:
 
     def _moments_of(self, name: str) -> dict[str, torch.Tensor]:
         parameter = self.trained[name]
-        return moments_of(self._optimizer_kinds[parameter], parameter.shape)
-
-    @functools.cached_property
-    def _optimizer_kinds(self) -> dict[torch.Tensor, str]:
-        return self.optimizer.kinds
+        return moments_of(self.optimizer.kinds[parameter], parameter.shape)
 
 
 def _piece(tensor: torch.Tensor) -> Piece:
