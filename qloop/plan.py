@@ -22,6 +22,7 @@ from qloop.model.activations import find_layers, keep_activations
 from qloop.model.attention import DOCUMENTS, why_not_documents
 from qloop.model.build import build_shapes, choose_precision
 from qloop.model.loss import choose_kind
+from qloop.optimizer import count_state_bytes
 from qloop.simulation import PARTS, simulate_step
 
 CONTEXT_BYTES = {"cuda": 1_000_000_000, "cpu": 700_000_000}
@@ -156,7 +157,7 @@ def show_plans(config: Config, target: Target, flops_use: float) -> str:
     if not plans[0].fits:
         changes = suggest_changes(plans[0])
         lines += ["", "it would fit with one of:" if changes else "no change would make it fit"]
-        lines += [f"  {flags}  ({show_bytes(plan.peak_bytes)})" for flags, plan in changes]
+        lines += [_show_change(change, plan) for change, plan in changes]
     return "\n".join(lines)
 
 
@@ -213,11 +214,11 @@ def find_largest_batch(plan: Plan) -> int:
     return size + plan.spare_bytes // max(1, more.peak_bytes - plan.peak_bytes)
 
 
-def suggest_changes(plan: Plan, limit: int = 3) -> list[tuple[str, Plan]]:
+def suggest_changes(plan: Plan, limit: int = 3) -> list[tuple[dict[str, Any], Plan]]:
     """Finds changes that make a run fit, those that cost least first; then all up to one of them.
 
     Returns:
-        Flags as they are typed, and the plan with them.
+        The keys with their new values, and the plan with them.
     """
     found: list[tuple[dict[str, Any], Plan]] = []
     together: dict[str, Any] = {}
@@ -234,10 +235,7 @@ def suggest_changes(plan: Plan, limit: int = 3) -> list[tuple[str, Plan]]:
             found.append((change, changed))
         if len(found) == limit:
             break
-    return [
-        (" ".join(f"--{key} {value}" for key, value in change.items()), changed)
-        for change, changed in found
-    ]
+    return found
 
 
 def explain_out_of_memory(plan: Plan, step: int, measured_bytes: int) -> MemoryFullError:
@@ -253,13 +251,15 @@ def explain_out_of_memory(plan: Plan, step: int, measured_bytes: int) -> MemoryF
     room = min(plan.target.device.memory_bytes, plan.peak_bytes + context - 1)
     device = plan.target.device._replace(memory_bytes=room)
     smaller = dataclasses.replace(plan, target=dataclasses.replace(plan.target, device=device))
-    changes = suggest_changes(smaller)
-    lines = [f"  {flags}  ({show_bytes(changed.peak_bytes)})" for flags, changed in changes]
+    lines = [_show_change(change, plan) for change, plan in suggest_changes(smaller)]
+    # Other changes make another run.
+    allowing = "to go on, beside them: --allow_change batch_size,gradient_accumulation_steps"
     return MemoryFullError(
         f"step {step}: out of memory: {show_bytes(measured_bytes)} were in use, "
         f"{show_bytes(plan.peak_bytes)} planned at the peak ({_name_parts(plan)}) of "
         f"{show_bytes(plan.target.device.memory_bytes)}; the newest checkpoint is whole; "
-        + ("less is needed with one of:\n" + "\n".join(lines) if lines else "use a smaller model")
+        + ("\n".join(["less is needed with one of:", *lines]) if lines else "use a smaller model")
+        + (f"\n{allowing}" if step > 1 and "--batch_size" in "".join(lines) else "")
     )
 
 
@@ -351,7 +351,7 @@ def _plan(config: Config, target: Target, mode: str) -> Plan:
         target.precision,
         accumulates=batch.gradient_accumulation_steps > 1,
     )
-    optimizer_bytes = 8 * count
+    optimizer_bytes = count_state_bytes(model, config.optimizer.optimizer)
     parts["optimizer"] = optimizer_bytes
     if config.model.offload_activations and target.device.kind == "cuda":
         # But for one that is being copied.
@@ -412,6 +412,8 @@ def _list_changes(plan: Plan) -> list[dict[str, Any]]:
         changes.append({"gradient_checkpointing": "selective"})
     if plan.activations != "full":
         changes.append({"gradient_checkpointing": "full"})
+    if config.optimizer.optimizer == "adamw" and plan.target.engine == "ddp":
+        changes.append({"optimizer": "adamw_8bit"})
     if config.model.training_method == "full":
         changes.append({"training_method": "lora"})
     if config.model.training_method != "qlora":
@@ -450,6 +452,11 @@ def _ends(model: Any) -> list[torch.nn.Module]:
 
 def _count_parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _show_change(change: dict[str, Any], plan: Plan) -> str:
+    flags = " ".join(f"--{key} {value}" for key, value in change.items())
+    return f"  {flags}  ({show_bytes(plan.peak_bytes)})"
 
 
 def _name_parts(plan: Plan) -> str:

@@ -101,6 +101,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.model.attention",
         "qloop.model.build",
         "qloop.model.loss",
+        "qloop.optimizer",
         "qloop.simulation",
     },
     "qloop.simulation": {"qloop.data.batches", "qloop.model.attention", "qloop.model.loss"},
