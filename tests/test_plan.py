@@ -1,5 +1,6 @@
 """The plan: what fits, what would, and what the run does with it."""
 
+import json
 import subprocess
 import sys
 
