@@ -1,0 +1,198 @@
+"""Runs qloop and its peers in turn on the same work, and prints what each makes of it.
+
+pip install -e '.[bench]'
+python tests/benchmarks/peers.py [CORPUS]     # a folder of .q files; the demo's if none is given
+python tests/benchmarks/peers.py --readme     # writes the table of peers.json into the README
+
+Each contestant trains the same model from random weights on the same documents, in a process of
+its own, three times in alternation; the table has the median with the extremes, and its ratio to
+qloop's. Targets are positions with a label: padding, and what a contestant cuts off, are none.
+Model-FLOP use is that of the documents trained on, as a share of the fastest matrix product that
+was measured in this very run. Memory is the most that was in use beside what the process had
+before it had a model: resident memory on a CPU, allocated memory on a GPU.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from contestants import CONTESTANTS, Setup
+
+from qloop.data.packing import pack_best_fit
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).with_suffix(".json")
+DEMO = ROOT / "qloop/demo"
+BEGIN, END = "<!-- peers: begin -->\n", "<!-- peers: end -->"
+ROUNDS = 3
+CHOSEN = ("torch", "transformers", "accelerate", "trl")
+
+
+def run(name: str, setup: Setup) -> dict:
+    with tempfile.TemporaryDirectory(prefix="qloop-peers-") as folder:
+        file = Path(folder) / "setup.json"
+        file.write_text(json.dumps(setup._replace(folder=folder)._asdict()))
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("contestants.py")), name, str(file)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        )
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout)
+
+
+def compare(setup: Setup, names: list[str]) -> list[dict]:
+    """Lets each run in turn, and sums up."""
+    runs: dict[str, list[dict]] = {name: [] for name in names}
+    for number in range(ROUNDS):
+        for name in names:
+            runs[name].append(run(name, setup))
+            rate = runs[name][-1]["targets_per_second"]
+            print(f"round {number + 1}: {name}: {rate:,.0f} targets/s", flush=True)
+    product = max(result["matmul_flops"] for results in runs.values() for result in results)
+    rows = []
+    for name, results in runs.items():
+        rates = [result["targets_per_second"] for result in results]
+        rows.append(
+            {
+                "name": name,
+                "targets_per_second": statistics.median(rates),
+                "range": [min(rates), max(rates)],
+                "use": statistics.median(r["flops_per_second"] for r in results) / product,
+                "peak_bytes": max(result["peak_bytes"] for result in results),
+                "matmul_flops": product,
+            }
+        )
+    return rows
+
+
+def measure_packing() -> float:
+    """Tokens a second, of lengths drawn as Q files have them."""
+    lengths = np.random.default_rng(0).lognormal(6.0, 1.3, 100_000).astype(np.int64).clip(2, 50_000)
+    started = time.perf_counter()
+    pack_best_fit(lengths - 1, 2048)
+    return float(lengths.sum()) / (time.perf_counter() - started)
+
+
+def measure_start() -> float:
+    """Seconds from the demo's command to its first step, its corpus being tokenised already."""
+    with tempfile.TemporaryDirectory(prefix="qloop-start-") as folder:
+        command = [sys.executable, "-m", "qloop", "train", "--config", "configs/demo.toml"]
+        command += ["--output_dir", folder, "--max_steps", "1", "--warmup_steps", "0"]
+        command += ["--log_steps", "1", "--num_samples", "0"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        for name in ("first", "second"):
+            started = time.perf_counter()
+            with subprocess.Popen(
+                [*command, "--experiment_name", name],
+                cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
+                stderr=subprocess.DEVNULL,
+            ) as process:  # fmt: skip
+                for line in process.stdout:
+                    if line.startswith("step "):
+                        seconds = time.perf_counter() - started
+                        break
+                process.communicate()
+        return seconds
+
+
+def format_table(rows: list[dict]) -> str:
+    ours = rows[0]
+    lines = [
+        "| contestant | targets a second | qloop is faster by | model-FLOP use | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["range"]
+        ratio = ours["targets_per_second"] / row["targets_per_second"]
+        lines.append(
+            f"| {row['name']} | {row['targets_per_second']:,.0f} ({low:,.0f} to {high:,.0f}) "
+            f"| {'' if row is ours else f'{ratio:.2f} times'} | {row['use']:.0%} "
+            f"| {row['peak_bytes'] / 1e6:,.0f} MB |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def format_results(results: dict) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    return (
+        f"{results['setup']}; {results['machine']}, {results['date']}; {versions}. A matrix product "
+        f"reaches {results['rows'][0]['matmul_flops'] / 1e9:,.0f} GFLOP/s.\n\n"
+        f"{format_table(results['rows'])}\n"
+        f"Packing alone: {results['packing'] / 1e6:,.0f} million tokens a second. From the demo's "
+        f"command to its first step, with a corpus that is tokenised: {results['start']:.1f} s.\n"
+    )
+
+
+def describe_machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{torch.get_num_threads()} cores of {names[0] if names else platform.processor()}"
+
+
+def write_readme(results: dict) -> None:
+    file = ROOT / "README.md"
+    before, rest = file.read_text().split(BEGIN)
+    file.write_text(f"{before}{BEGIN}{format_results(results)}{END}{rest.split(END)[1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", nargs="?", type=Path, default=DEMO / "corpus")
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--accumulation", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=3, help="that are measured, after one")
+    parser.add_argument("--readme", action="store_true", help="only write the README's table")
+    options = parser.parse_args()
+    if options.readme:
+        write_readme(json.loads(RESULTS.read_text()))
+        return
+    setup = Setup(
+        corpus=str(options.corpus.resolve()),
+        model=str(DEMO / "model"),
+        tokenizer=str(DEMO / "tokenizer"),
+        method="full",
+        length=options.length,
+        accumulation=options.accumulation,
+        warmup_steps=1,
+        steps=options.steps,
+        precision="bf16" if torch.cuda.is_available() else "fp32",
+        folder="",
+        qloop_flags={},
+    )
+    rows = compare(setup, options.only)
+    results = {
+        "setup": f"a Qwen2 of 5 M parameters, vocabulary 8192, {setup.precision}, "
+        f"{setup.accumulation} x {setup.length} tokens a step, {options.corpus.name}",
+        "machine": describe_machine(),
+        "date": date.today().isoformat(),
+        "versions": {name: version(name) for name in CHOSEN},
+        "rows": rows,
+        "packing": measure_packing(),
+        "start": measure_start(),
+    }
+    print(f"\n{format_results(results)}")
+    if options.only == list(CONTESTANTS):
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
