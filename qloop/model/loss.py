@@ -336,20 +336,18 @@ class LinearTargetLoss(torch.autograd.Function):
             states, ids = hidden[here].to(dtype), labels[here, None]
             is_ignored = ids == IGNORED
             ids = ids.masked_fill(is_ignored, 0)
-            logits = F.linear(states, matrix, offset).float()
-            highest = logits.amax(dim=1, keepdim=True)
-            right = logits.gather(1, ids)
-            sums = logits.sub_(highest).exp_().sum(dim=1, keepdim=True)
-            total += (sums.log() + highest - right).masked_fill_(is_ignored, 0.0).sum()
+            slopes = F.linear(states, matrix, offset).float().log_softmax(dim=1)
+            total -= slopes.gather(1, ids).masked_fill_(is_ignored, 0.0).sum()
             if not any(needs):
                 continue
-            slopes = logits.div_(sums).scatter_add_(1, ids, torch.full_like(sums, -1.0))
-            slopes.masked_fill_(is_ignored, 0.0)
+            slopes = slopes.exp_().scatter_add_(1, ids, slopes.new_full(ids.shape, -1.0))
+            # Rows without a target are taken out where they are short.
+            states = states.masked_fill(is_ignored, 0.0)
             if of_bias is not None:
-                of_bias += slopes.sum(dim=0)
+                of_bias += (~is_ignored).float().T[0] @ slopes
             slopes = slopes.to(dtype)
             if of_hidden is not None:
-                of_hidden[here] = slopes @ matrix
+                of_hidden[here] = (slopes @ matrix).masked_fill_(is_ignored, 0.0)
             if of_weight is not None:
                 if dtype == torch.float32:
                     of_weight.addmm_(slopes.T, states)

@@ -221,7 +221,7 @@ def count_trl(inputs) -> tuple[int, list[int]]:
     return targets, inputs["attention_mask"].sum(dim=1).tolist()
 
 
-def run_qloop(setup: Setup) -> list[Record]:
+def run_qloop(setup: Setup, **keys: str) -> list[Record]:
     """The real command's function, with its defaults; times as its metrics have them."""
     from qloop.config import load_config
     from qloop.report.metrics import read_records
@@ -247,6 +247,7 @@ def run_qloop(setup: Setup) -> list[Record]:
         "num_samples": 0,
         "async_checkpoint": "false",
         **setup.qloop_flags,
+        **keys,
     }
     train(load_config(None, {key: str(value) for key, value in flags.items()}).config, [])
     found = read_records(Path(setup.folder) / "run/logs/metrics.jsonl")
@@ -264,6 +265,7 @@ def is_installed(name: str) -> bool:
 
 CONTESTANTS = {
     "qloop": run_qloop,
+    "qloop, compiled": lambda setup: run_qloop(setup, compile="true"),
     "TRL at its best": lambda setup: run_trl(setup, at_its_best=True),
     "TRL as the reference has it": lambda setup: run_trl(setup, at_its_best=False),
     "a plain loop": run_plain,
