@@ -25,9 +25,10 @@ class Setup(NamedTuple):
 
     corpus: str
     model: str
-    """Folder of config.json; with weights for adapters."""
+    """Folder of config.json, perhaps with weights; else they are random."""
     tokenizer: str
     method: str
+    batch_size: int
     length: int
     accumulation: int
     warmup_steps: int
@@ -98,10 +99,14 @@ def build_plain_model(setup: Setup):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    if setup.method == "full":
-        config = AutoConfig.from_pretrained(setup.model)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(setup.model, dtype=setup.dtype)
+    dtype = torch.float32 if setup.method == "full" else setup.dtype
+    if has_weights(setup):
+        return AutoModelForCausalLM.from_pretrained(setup.model, dtype=dtype)
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(setup.model), dtype=dtype)
+
+
+def has_weights(setup: Setup) -> bool:
+    return any(Path(setup.model).glob("*.safetensors"))
 
 
 def load_plain_tokenizer(setup: Setup):
@@ -171,7 +176,7 @@ def run_trl(setup: Setup, at_its_best: bool) -> list[Record]:
     config = SFTConfig(
         output_dir=setup.folder,
         max_length=setup.length,
-        per_device_train_batch_size=1,
+        per_device_train_batch_size=setup.batch_size,
         gradient_accumulation_steps=setup.accumulation,
         max_steps=setup.all_steps,
         learning_rate=1e-5,
@@ -222,41 +227,49 @@ def count_trl(inputs) -> tuple[int, list[int]]:
 
 
 def run_qloop(setup: Setup, **keys: str) -> list[Record]:
-    """The real command's function, with its defaults; times as its metrics have them."""
+    """The real command's own parts, with its defaults, but for what is saved at the end."""
+    from qloop.assembly import assemble
     from qloop.config import load_config
     from qloop.report.metrics import read_records
-    from qloop.train import train
+    from qloop.stops import StopRequest
+    from qloop.train import run_steps
 
-    place = {"model_config_file": f"{setup.model}/config.json", "tokenizer_name": setup.tokenizer}
+    name = "model_name" if has_weights(setup) else "model_config_file"
     flags = {
         "train_file": setup.corpus,
         "output_dir": setup.folder,
         "experiment_name": "run",
         "training_method": setup.method,
-        **(place if setup.method == "full" else {"model_name": setup.model}),
-        **({} if setup.method == "full" else {"tokenizer_name": setup.tokenizer}),
+        name: setup.model if has_weights(setup) else f"{setup.model}/config.json",
+        "tokenizer_name": setup.tokenizer,
         "held_out_share": "0.0",
         "max_seq_length": setup.length,
-        "batch_size": 1,
+        "batch_size": setup.batch_size,
         "gradient_accumulation_steps": setup.accumulation,
         "max_steps": setup.all_steps,
         "warmup_steps": 0,
         "learning_rate": "1e-5",
         "precision": setup.precision,
-        "save_steps": 10_000,
-        "num_samples": 0,
-        "async_checkpoint": "false",
         **setup.qloop_flags,
         **keys,
     }
-    train(load_config(None, {key: str(value) for key, value in flags.items()}).config, [])
-    found = read_records(Path(setup.folder) / "run/logs/metrics.jsonl")
+    config = load_config(None, {key: str(value) for key, value in flags.items()}).config
+    with StopRequest() as stop:
+        parts = assemble(config, [])
+        parts.checkpoints.save = lambda *_: None
+        run_steps(parts, stop)
     records = []
-    for step in found:
+    for step in read_records(parts.run.metrics):
         seconds = step["target_tokens"] / step["tokens_per_second"]
         flops = step["flops_per_second"] * seconds
         records.append(Record(seconds, step["target_tokens"], flops, step["peak_memory_bytes"]))
+    if parts.plan is not None:
+        planned.append(parts.plan.peak_bytes)
     return records
+
+
+planned: list[int] = []
+"""Bytes at the peak, as qloop planned them."""
 
 
 def is_installed(name: str) -> bool:
@@ -299,6 +312,7 @@ def main() -> None:
         "targets": sum(record.targets for record in records),
         "peak_bytes": records[-1].peak_bytes - before,
         "matmul_flops": matmul_flops,
+        "planned_bytes": planned[0] if planned else None,
     }
     print(json.dumps(result), file=output, flush=True)
     os._exit(0)  # trainers leave threads behind

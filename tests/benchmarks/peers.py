@@ -171,6 +171,7 @@ def main() -> None:
         model=str(DEMO / "model"),
         tokenizer=str(DEMO / "tokenizer"),
         method="full",
+        batch_size=1,
         length=options.length,
         accumulation=options.accumulation,
         warmup_steps=1,
