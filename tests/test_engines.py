@@ -35,7 +35,12 @@ def config(**keys: str) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("file", "engine"), [("fsdp2.yaml", "FSDP"), ("deepspeed_zero2.yaml", "DEEPSPEED")]
+    ("file", "engine"),
+    [
+        ("fsdp2.yaml", "FSDP"),
+        # DeepSpeed builds a library of its own first.
+        pytest.param("deepspeed_zero2.yaml", "DEEPSPEED", marks=pytest.mark.distributed),
+    ],
 )
 def test_an_engine_for_gpus_is_refused_where_there_is_none(tmp_path, file, engine):
     """Accelerate would train without it, or make a run of each process, and say nothing."""

@@ -277,11 +277,12 @@ def test_an_unreachable_wandb_goes_offline_and_changes_no_loss(make_config):
     file.write_text(dump_yaml(tracked))
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
     nobody_listens = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    quickly = {"WANDB_INIT_TIMEOUT": "3"}
     result = subprocess.run(
         [sys.executable, "-m", "qloop", "train", "--config", str(file)],
         capture_output=True,
         text=True,
-        env={**environment, **nobody_listens},
+        env={**environment, **nobody_listens, **quickly},
     )
     assert result.returncode == 0, result.stderr
     assert "W&B cannot be reached" in result.stdout

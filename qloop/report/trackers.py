@@ -1,5 +1,6 @@
 """Weights & Biases and TensorBoard; neither can ever end a run, nor change it."""
 
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -118,8 +119,10 @@ class _Wandb(_Sink):
             "resume": "allow",
             "config": settings,
             "dir": str(logs),
-            "settings": wandb.Settings(init_timeout=20, silent=True),
+            "settings": wandb.Settings(silent=True),
         }
+        # W&B's own is 90 seconds, in which a run would stand still.
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
         try:
             self._run = wandb.init(**options)
         except Exception as error:

@@ -32,7 +32,12 @@ def assert_held(rows: list[Row]) -> None:
         assert row.survived == row.trials, row.first_failure
 
 
-@pytest.mark.parametrize("suite", [corruption, bombs, kills, resumes, stops, launched])
+IN_SHORT = [corruption, bombs, kills, resumes, stops]
+
+
+@pytest.mark.parametrize(
+    "suite", [*IN_SHORT, pytest.param(launched, marks=pytest.mark.distributed)]
+)
 def test_every_promise_holds_in_short(workspace, suite):
     assert_held(suite.run(workspace, is_short=True))
 
