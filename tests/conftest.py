@@ -16,6 +16,11 @@ from workspace import Workspace, reset_accelerate, write_corpus, write_tokenizer
 from qloop.config import Config
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Gives the number of files that are tried at once, unless `-n` says another (0: for pdb)."""
+    return min(4, os.cpu_count() or 1)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
     reset_accelerate()
