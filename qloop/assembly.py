@@ -203,7 +203,8 @@ def _assemble(
         corpus.train, index, step.blocks, step.accumulation, accelerator.process_index,
         accelerator.num_processes, config.run.seed, pins=accelerator.device.type == "cuda",
     )  # fmt: skip
-    speed_lines = [f"loss       {loss.kind}; gradient checkpointing {activations}"]
+    why = f" ({loss.reason})" if loss.reason else ""
+    speed_lines = [f"loss       {loss.kind}{why}; gradient checkpointing {activations}"]
     micro_batches_left = (last_step - progress.step) * step.accumulation
     if micro_batches_left and compiles(config.model, accelerator, engine, micro_batches_left):
         micro_batch = reader.read(progress.blocks_seen).micro_batches[0]

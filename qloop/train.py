@@ -172,9 +172,11 @@ def finish(parts: Assembly) -> None:
         )
     parts.report.write_results(samples)
     if parts.plan is not None:
+        # A CPU's allocator keeps no account, so that libraries and buffers of files are in it.
+        extra = " of the process, libraries and all" if parts.meter.device.type == "cpu" else ""
         parts.report.say(
-            f"memory     {show_bytes(parts.meter.measure_peak())} at the peak, "
-            f"{show_bytes(parts.plan.peak_bytes)} planned for a step"
+            f"memory     {show_bytes(parts.meter.measure_peak())} at the peak{extra}; "
+            f"{show_bytes(parts.plan.peak_bytes)} of tensors planned for a step"
         )
     parts.report.write_status("finished", parts.progress.step)
     checkpoint = parts.run.checkpoint_path(parts.progress.step)

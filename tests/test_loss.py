@@ -309,9 +309,26 @@ def test_a_cpu_never_holds_all_logits_and_a_name_is_obeyed(tmp_path, wanted, kin
 def test_a_model_that_changes_its_logits_shows_them(tmp_path, model_type, keys):
     model = build(tmp_path, model_type=model_type, **keys)
     cpu = torch.device("cpu")
-    assert choose_loss(model, "auto", cpu, 1024, "fp32").kind == "logits"
+    chosen = choose_loss(model, "auto", cpu, 1024, "fp32")
+    assert chosen.kind == "logits"
+    assert chosen.reason.startswith("chunked does not fit this model: it gives")
     with pytest.raises(ConfigError, match="loss: chunked does not fit this model: it gives"):
         choose_loss(model, "chunked", cpu, 1024, "fp32")
+
+
+def test_a_kernel_that_fails_is_told_and_the_next_one_taken(tmp_path, monkeypatch):
+    def fail(*_):
+        raise TypeError("unexpected keyword argument")
+
+    model, cpu = build(tmp_path), torch.device("cpu")
+    monkeypatch.setitem(qloop.model.loss._PEERS, "torch", fail)
+    with pytest.raises(ConfigError, match=r"torch does not fit.*TypeError: unexpected keyword"):
+        choose_loss(model, "torch", cpu, 1024, "fp32")
+    monkeypatch.setattr(qloop.model.loss, "choose_kind", lambda *_: "torch")  # as on some GPUs
+    chosen = choose_loss(model, "auto", cpu, 1024, "fp32")
+    assert chosen.kind == "chunked"
+    assert "TypeError: unexpected keyword" in chosen.reason
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_a_kind_that_is_not_here_is_an_error(tmp_path, monkeypatch):

@@ -66,12 +66,16 @@ def predict(model: torch.nn.Module, micro_batch: MicroBatch) -> Prediction:
 class TargetLoss:
     """The loss of a model, in one of its kinds."""
 
-    def __init__(self, model: Any, kind: str, device_type: str | None = None) -> None:
+    def __init__(
+        self, model: Any, kind: str, device_type: str | None = None, reason: str = ""
+    ) -> None:
         """Takes the model without wrappers; see `choose_loss`.
 
         Chunks are those of a device, the model's own if none is given.
         """
         self.kind = kind
+        self.reason = reason
+        """Why it is not another kind that would be faster."""
         self._device_type = device_type or model.device.type
         self._plain = model
         self._head: Any = None if kind == "logits" else model.get_output_embeddings()
@@ -149,29 +153,40 @@ def choose_loss(
     """
     vocabulary_size = model.config.get_text_config().vocab_size
     kind = choose_kind(wanted, device.type, tokens * vocabulary_size * 4)
-    loss = TargetLoss(model, "logits")
+    others = ["chunked", "logits"] if wanted == "auto" else []
+    reasons: list[str] = []
+    for candidate in dict.fromkeys([kind, *others]):
+        reason = _why_not(model, candidate, device, precision)
+        if reason is None:
+            return TargetLoss(model, candidate, reason="; ".join(reasons))
+        reasons.append(f"{candidate} does not fit this model: {reason}")
+    raise ConfigError(f"loss: {reasons[0]}; use auto or logits")
+
+
+def _why_not(model: Any, kind: str, device: torch.device, precision: str) -> str | None:
+    """Says why a kind does not do for a model; None if it does."""
     if kind == "logits":
-        return loss
+        return None
     if not isinstance(model.get_output_embeddings(), torch.nn.Module):
-        return _only_if_auto(wanted, loss, "the model does not say which layer is its head")
-    candidate = TargetLoss(model, kind)
-    ids = torch.arange(24)[None] % vocabulary_size
+        return "it does not say which layer is its head"
+    ids = torch.arange(24)[None] % model.config.get_text_config().vocab_size
     row = MicroBatch(ids, ids.roll(-1), torch.arange(24)[None]).to(device)
-    was_training = model.training
+    reference, candidate = TargetLoss(model, "logits"), TargetLoss(model, kind)
+    uses_bf16, was_training = precision == "bf16", model.training
     model.eval()
-    uses_bf16 = precision == "bf16"
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16):
-        expected, got = (float(some.sum(model, row)) for some in (loss, candidate))
-    model.train(was_training)
+    try:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16):
+            expected = float(reference.sum(model, row))
+            got = float(candidate.sum(model, row))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many kinds: a kernel of another version, or none for this GPU
+        return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+    finally:
+        model.train(was_training)
     if abs(got - expected) <= (2e-2 if uses_bf16 else 1e-4) * abs(expected):  # so that NaN fails
-        return candidate
-    return _only_if_auto(wanted, loss, f"it gives {got:.6g} where logits give {expected:.6g}")
-
-
-def _only_if_auto(wanted: str, loss: TargetLoss, reason: str) -> TargetLoss:
-    if wanted == "auto":
-        return loss
-    raise ConfigError(f"loss: {wanted} does not fit this model: {reason}; use auto or logits")
+        return None
+    return f"it gives {got:.6g} where logits give {expected:.6g}"
 
 
 def choose_kind(wanted: str, device_type: str, logits_bytes: int) -> str:
