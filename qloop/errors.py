@@ -27,6 +27,10 @@ class ConfigError(QloopError):
     exit_code = 78
 
 
+class PlanError(ConfigError):
+    """What a model needs cannot be worked out; it may train all the same."""
+
+
 class DataError(QloopError):
     """The corpus cannot be used."""
 

@@ -16,7 +16,7 @@ import torch
 
 from qloop.checkpoint.store import show_bytes
 from qloop.config import KEYS, Config
-from qloop.errors import ConfigError, MemoryFullError, QloopError, join_names
+from qloop.errors import ConfigError, MemoryFullError, PlanError, join_names
 from qloop.flops import build_model_flops, measure_matmul_flops, peak_flops
 from qloop.model.activations import find_layers, keep_activations
 from qloop.model.attention import DOCUMENTS, why_not_documents
@@ -166,6 +166,7 @@ def make_plan(config: Config, target: Target) -> Plan:
 
     Raises:
         ConfigError: The model cannot be found or built.
+        PlanError: It cannot be simulated.
     """
     wanted = str(config.model.gradient_checkpointing)
     if wanted != "auto":
@@ -188,11 +189,8 @@ def plan_run(config: Config, target: Target) -> tuple[Plan | None, str]:
     """
     try:
         plan = make_plan(config, target)
-    except QloopError:
-        raise
-    except Exception as error:  # whatever a model's own code makes of tensors without values
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        return None, f"memory     not planned: {reason}"
+    except PlanError as error:
+        return None, f"memory     {error}"
     room = "" if plan.fits else "; it may not fit: see qloop plan"
     return plan, (
         f"memory     {show_bytes(plan.peak_bytes)} planned at the peak, of "
@@ -342,15 +340,21 @@ def _plan(config: Config, target: Target, mode: str) -> Plan:
     kind = choose_kind(config.model.loss, target.device.kind, rows * vocabulary_size * 4)
     hidden_bytes = model.get_input_embeddings().weight.element_size()
     hidden_bytes *= rows * model.config.get_text_config().hidden_size
-    parts = simulate_step(
-        model,
-        "logits" if kind == "logits" else "chunked",  # the others are one operator, unseen inside
-        target.device.kind,
-        batch.batch_size,
-        data.max_seq_length,
-        target.precision,
-        accumulates=batch.gradient_accumulation_steps > 1,
-    )
+    try:
+        parts = simulate_step(
+            model,
+            "logits" if kind == "logits" else "chunked",  # others are one operator, unseen inside
+            target.device.kind,
+            batch.batch_size,
+            data.max_seq_length,
+            target.precision,
+            accumulates=batch.gradient_accumulation_steps > 1,
+        )
+    except Exception as error:  # whatever a model's own code makes of tensors without values
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise PlanError(
+            f"not planned: {type(model).__name__} does not run on tensors without values: {reason}"
+        ) from error
     optimizer_bytes = count_state_bytes(model, config.optimizer.optimizer)
     parts["optimizer"] = optimizer_bytes
     if config.model.offload_activations and target.device.kind == "cuda":

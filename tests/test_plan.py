@@ -9,7 +9,7 @@ import torch
 from workspace import Workspace, reset_accelerate
 
 from qloop.engines.engine import Engine
-from qloop.errors import ConfigError, MemoryFullError
+from qloop.errors import ConfigError, MemoryFullError, PlanError
 from qloop.plan import (
     CONTEXT_BYTES,
     Device,
@@ -235,5 +235,8 @@ def test_a_model_that_cannot_be_simulated_trains_all_the_same(workspace, monkeyp
     monkeypatch.setattr("qloop.plan.simulate_step", fail)
     train(make_config(workspace, max_steps=2, warmup_steps=0), [])
     log = (workspace.folder / "output/run/logs/training_log.txt").read_text()
-    assert "memory     not planned: a value was asked for" in log
+    assert "memory     not planned: Qwen2ForCausalLM does not run on tensors without" in log
+    assert "values: a value was asked for\n" in log
     assert "gradient checkpointing full" in log
+    with pytest.raises(PlanError, match="not planned: Qwen2ForCausalLM"):
+        make_plan(make_config(workspace), find_target(make_config(workspace), "h100", None, 1, ""))
