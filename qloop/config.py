@@ -351,11 +351,12 @@ def load_config(file: Path | None, flags: Mapping[str, str]) -> LoadedConfig:
             config = Config.model_validate(sections)
             break
         except ValidationError as error:
+            found: dict[str, list[ErrorDetails]] = {}
             for detail in error.errors():
-                key = str(detail["loc"][1])
-                if key in values:  # a list may hold several wrong values
-                    problems.append((origins[key], key, _describe(detail)))
-                    del values[key]
+                found.setdefault(str(detail["loc"][1]), []).append(detail)
+            for key, details in found.items():
+                problems.append((origins[key], key, _describe(details)))
+                del values[key]
     wrong = {key for _, key, _ in problems}
     for keys, text in _find_contradictions(config, origins):
         if not wrong & set(keys):
@@ -484,7 +485,7 @@ def _read_flags(
             adapter: TypeAdapter[Any] = TypeAdapter(annotation)
             yield COMMAND_LINE, key, adapter.validate_strings(text)
         except ValidationError as error:
-            problems.append((COMMAND_LINE, key, _describe(error.errors()[0])))
+            problems.append((COMMAND_LINE, key, _describe(error.errors())))
 
 
 def _find_contradictions(
@@ -600,14 +601,21 @@ _LIMITS = {
 }
 
 
-def _describe(detail: ErrorDetails) -> str:
-    """Puts one of pydantic's findings in our words: what must be, what was given."""
+def _describe(details: list[ErrorDetails]) -> str:
+    """Puts what pydantic finds of a key in our words: what must be, what was given.
+
+    It has a finding for each type that a key may have, and for each wrong value of a list; the
+    first says enough, but that a boolean is as good as a name.
+    """
+    detail = details[0]
     kind, context, given = detail["type"], detail.get("ctx", {}), _show(detail["input"])
     if kind in _LIMITS:
         word, name = _LIMITS[kind]
         return f"must be {word} {context[name]:.15g}, got {given}"
     if kind == "literal_error":
         choices = str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
+        if any(other["type"].startswith("bool") for other in details):
+            choices += ["true", "false"]
         return f"unknown value {given}; choose {join_names(choices)}"
     if kind == "string_pattern_mismatch":
         return f"must match {context['pattern']}, got {given}"

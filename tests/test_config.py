@@ -295,6 +295,12 @@ def test_an_unknown_choice_of_two_lists_both():
     )
 
 
+def test_a_choice_that_may_be_a_boolean_lists_it():
+    wanted = 'compile: unknown value "maybe"; choose auto, true or false'
+    assert wanted in refusal_of_flags(compile="maybe")
+    assert wanted in refusal_of('compile = "maybe"')
+
+
 @pytest.mark.parametrize("data_type", ["a/b", "../filtered", "a b"])
 def test_a_data_type_cannot_leave_its_folder(data_type):
     assert "data_type: must match" in refusal_of_flags(data_type=data_type)
