@@ -255,9 +255,7 @@ def _run() -> int:
         error.show()
         return 78
     except (KeyboardInterrupt, click.Abort):
-        print(
-            "interrupted; the newest checkpoint is whole, the same command goes on", file=sys.stderr
-        )
+        print("interrupted; nothing that was saved is lost", file=sys.stderr)
         return 130
     return 0
 
