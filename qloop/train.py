@@ -172,8 +172,9 @@ def finish(parts: Assembly) -> None:
         )
     parts.report.write_results(samples)
     if parts.plan is not None:
-        # A CPU's allocator keeps no account, so that libraries and buffers of files are in it.
-        extra = " of the process, libraries and all" if parts.meter.device.type == "cpu" else ""
+        # A CPU's allocator keeps no account, so that mapped files and what it wastes are in it.
+        on_cpu = parts.meter.device.type == "cpu"
+        extra = ", beside what the process had without a model" if on_cpu else ""
         parts.report.say(
             f"memory     {show_bytes(parts.meter.measure_peak())} at the peak{extra}; "
             f"{show_bytes(parts.plan.peak_bytes)} of tensors planned for a step"
