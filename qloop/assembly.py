@@ -32,19 +32,12 @@ from qloop.errors import ConfigError, DataError, QloopError, telling_of_disk_err
 from qloop.flops import build_model_flops, measure_matmul_flops
 from qloop.lock import RunLock
 from qloop.model.activations import keep_activations
-from qloop.model.build import (
-    build_encoder,
-    build_model,
-    check_sizes,
-    choose_precision,
-    count_parameters,
-    fingerprint_weights,
-    load_model_config,
-    load_tokenizer,
-)
+from qloop.model.build import build_model, choose_precision, count_parameters, fingerprint_weights
+from qloop.model.description import check_sizes, load_model_config
 from qloop.model.isolation import choose_attention
 from qloop.model.loss import TargetLoss, choose_loss
 from qloop.model.saving import collect_files
+from qloop.model.tokenizer import build_encoder, load_tokenizer
 from qloop.peers import PeerWatch
 from qloop.plan import Plan, Target, find_device, plan_run
 from qloop.progress import Progress

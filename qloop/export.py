@@ -35,7 +35,8 @@ from qloop.checkpoint.tensors import (
     name_parts,
 )
 from qloop.errors import CheckpointError, ConfigError, QloopError, telling_of_disk_errors
-from qloop.model.build import build_model, fingerprint_weights, merge_adapters
+from qloop.model.adapters import merge_adapters
+from qloop.model.build import build_model, fingerprint_weights
 from qloop.model.saving import collect_model_files, collect_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -20,8 +20,9 @@ from qloop.errors import ConfigError, MemoryFullError, PlanError, join_names
 from qloop.flops import build_model_flops, measure_matmul_flops, peak_flops
 from qloop.model.activations import find_layers, keep_activations
 from qloop.model.attention import DOCUMENTS, why_not_documents
-from qloop.model.build import build_shapes, choose_precision
+from qloop.model.build import choose_precision
 from qloop.model.loss import choose_kind
+from qloop.model.shapes import build_shapes
 from qloop.optimizer import count_state_bytes
 from qloop.simulation import PARTS, simulate_step
 

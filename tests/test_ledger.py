@@ -10,7 +10,7 @@ from qloop.config import DataConfig, ModelConfig
 from qloop.data.packing import pack_best_fit, pack_wrapped
 from qloop.data.sources import find_sources
 from qloop.data.tokens import Corpus
-from qloop.model.build import build_encoder, load_tokenizer
+from qloop.model.tokenizer import build_encoder, load_tokenizer
 from qloop.report.ledger import describe_corpus, describe_ledger
 
 

@@ -23,17 +23,11 @@ from qloop.config import LoraConfig, ModelConfig
 from qloop.data.batches import MicroBatch
 from qloop.errors import CheckpointError, ConfigError
 from qloop.model.activations import keep_activations
-from qloop.model.build import (
-    build_model,
-    check_sizes,
-    choose_precision,
-    count_parameters,
-    fingerprint_weights,
-    load_model_config,
-    load_tokenizer,
-)
+from qloop.model.build import build_model, choose_precision, count_parameters, fingerprint_weights
+from qloop.model.description import check_sizes, load_model_config
 from qloop.model.isolation import check_isolation, measure_isolation
 from qloop.model.loss import compute_logits, next_token_loss, predict
+from qloop.model.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 VOCABULARY = 1024

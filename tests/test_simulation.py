@@ -12,8 +12,9 @@ from qloop.config import LoraConfig, ModelConfig
 from qloop.data.batches import MicroBatch
 from qloop.model.activations import keep_activations
 from qloop.model.attention import DOCUMENTS
-from qloop.model.build import build_model, build_shapes
+from qloop.model.build import build_model
 from qloop.model.loss import TargetLoss
+from qloop.model.shapes import build_shapes
 from qloop.simulation import PARTS, simulate_step
 
 CPU = torch.device("cpu")

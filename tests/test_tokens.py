@@ -29,7 +29,7 @@ from qloop.data.tokens import (
     open_corpus,
 )
 from qloop.errors import DataError
-from qloop.model.build import build_encoder, load_tokenizer
+from qloop.model.tokenizer import build_encoder, load_tokenizer
 
 END = "<|endoftext|>"
 

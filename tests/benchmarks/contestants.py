@@ -71,7 +71,7 @@ def wait(setup: Setup) -> None:
 def build_flops(setup: Setup):
     from qloop.config import LoraConfig, ModelConfig
     from qloop.flops import build_model_flops
-    from qloop.model.build import build_shapes
+    from qloop.model.shapes import build_shapes
 
     config = ModelConfig(model_name=setup.model, training_method=setup.method)
     return build_model_flops(build_shapes(config, LoraConfig(), setup.precision))

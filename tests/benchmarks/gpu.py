@@ -81,7 +81,7 @@ ROWS = {
 def write_base(folder: Path, size: str) -> Path:
     """Writes random weights in bf16, some gigabytes a file; each is a repeated random row."""
     from qloop.config import ModelConfig
-    from qloop.model.build import build_shapes
+    from qloop.model.shapes import build_shapes
 
     base = folder / size
     if base.exists():
