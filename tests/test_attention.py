@@ -12,6 +12,7 @@ from qloop.data.batches import MicroBatch
 from qloop.errors import ConfigError
 from qloop.model.attention import (
     DOCUMENTS,
+    _attend_by_torch,
     attend_to_documents,
     attention_inputs,
     own_attention,
@@ -124,6 +125,54 @@ def test_torch_finds_the_operators_well_defined():
     torch.library.opcheck(
         torch.ops.qloop.attend.default, (*inputs, boundaries_of([[0, 5, 12]]), 0.3, 0)
     )
+
+
+# What a GPU is asked, without one
+
+
+def attend_in_flat(
+    query, key, value, starts, key_starts, max_length, max_key_length,
+    *, scale, window_size, enable_gqa=True,
+):  # fmt: skip
+    """What `varlen_attn` promises, a query at a time."""
+    assert torch.equal(starts, key_starts)
+    assert max_length == max_key_length >= max(end - begin for begin, end in pairwise(starts))
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    shared = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(shared, dim=1) for tensor in (key, value))
+    rows = []
+    before, behind = window_size
+    for begin, end in pairwise(starts.tolist()):
+        for here in range(begin, end):
+            first = begin if before < 0 else max(begin, here - before)
+            last = end if behind < 0 else min(end, here + behind + 1)
+            scores = torch.einsum("hd,khd->hk", query[here], key[first:last]) * scale
+            rows.append(torch.einsum("hk,khd->hd", scores.softmax(dim=-1), value[first:last]))
+    return torch.stack(rows)
+
+
+@layouts
+@heads
+@windows
+def test_torchs_kernel_is_asked_for_the_same(monkeypatch, layout, num_heads, key_heads, window):
+    monkeypatch.setattr("qloop.model.attention._varlen_attn", lambda: attend_in_flat)
+    inputs = draw(layout, num_heads, key_heads)
+    scale = inputs[0].shape[-1] ** -0.5
+    attended = _attend_by_torch(*inputs, boundaries_of(layout), 12, scale, window)
+    expected = reference(layout, *inputs, window)
+    torch.testing.assert_close(attended.double(), expected, rtol=0, atol=2e-6)
+
+
+def test_torchs_kernel_takes_what_it_is_given():
+    """Its shapes alone, as it has no kernel for a CPU."""
+    inputs = [
+        tensor.detach().to("meta").requires_grad_() for tensor in draw([[0, 5, 12]] * 2, 4, 2)
+    ]
+    boundaries = boundaries_of([[0, 5, 12]] * 2).to("meta")
+    attended = _attend_by_torch(*inputs, boundaries, 12, 0.3, 4)
+    assert attended.shape == (2, 12, 4, 8)
+    attended.sum().backward()
+    assert [tensor.grad.shape for tensor in inputs] == [tensor.shape for tensor in inputs]
 
 
 # A model's attention

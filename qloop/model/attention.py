@@ -115,21 +115,32 @@ def attend_to_documents(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu":
         window = sliding_window or 0
-        attended, _ = attend(query, key, value, cu_seq_lens_q, scale, window)
-        return attended, None
-    batch, _, length, _ = query.shape
-    # Rows lie behind each other, so that this is a view.
-    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
-    attended = _varlen_attn()(
-        *flat,
-        cu_seq_lens_q,
-        cu_seq_lens_q,
-        max_length_q,
-        max_length_q,
-        scale=scale,
-        window_size=(sliding_window - 1 if sliding_window else -1, 0),
+        return attend(query, key, value, cu_seq_lens_q, scale, window)[0], None
+    attended = _attend_by_torch(
+        query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window
     )
-    return attended.reshape(batch, length, *attended.shape[1:]), None
+    return attended, None
+
+
+def _attend_by_torch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    max_length: int,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Attends by `varlen_attn`, which wants the rows behind each other: here that is a view."""
+    batch, _, length, _ = query.shape
+    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    # Its window counts the tokens before one; the 0 behind it says causal.
+    attended: torch.Tensor = _varlen_attn()(
+        *(*flat, boundaries, boundaries, max_length, max_length),
+        scale=scale,
+        window_size=(window - 1 if window else -1, 0),
+    )
+    return attended.reshape(batch, length, *attended.shape[1:])
 
 
 @functools.cache
