@@ -367,6 +367,16 @@ def test_a_model_with_a_broken_weight_is_refused(spoil, bad):
         check_isolation(build(spoil(change)), VOCABULARY, "fp32")
 
 
+@pytest.mark.skipif(
+    transformers.utils.is_flash_attn_2_available(), reason="it is installed, and there is a GPU"
+)
+@pytest.mark.parametrize("from_file", [True, False])
+def test_flash_attention_that_is_not_here_is_told_under_its_key(bases, from_file):
+    source = bases() / "config.json" if from_file else bases()
+    with pytest.raises(ConfigError, match=r"^attention: FlashAttention2 .*; use auto$"):
+        build(source, attention="flash_attention_2")
+
+
 @both_adapters
 def test_adapters_that_were_trained_keep_documents_apart(bases, method):
     model = build(bases("mistral"), method)

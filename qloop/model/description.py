@@ -66,5 +66,7 @@ def cannot_load(key: str, name: str, what: str, error: Exception) -> str:
     """Says what could not be loaded from where, and why, as transformers puts it."""
     reason = inspect.cleandoc(str(error)).splitlines()[0] if str(error) else type(error).__name__
     where = "a folder here" if Path(name).exists() else "no folder here, so a name on the hub"
+    if "FlashAttention" in reason:  # the model is well, but for what it was to attend by
+        return f"attention: {reason.rstrip('.')}; use auto"
     reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
     return f"{key}: no {what} could be loaded from {name} ({where}): {reason}"
