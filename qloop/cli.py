@@ -264,7 +264,7 @@ def _prepare_run(
     ctx: click.Context, config_file: Path | None, flags: dict[str, str | None]
 ) -> tuple[Any, list[str]]:
     """Gives the config that was typed, and what to tell of it, before torch is imported."""
-    from qloop.config import describe_unused, load_config
+    from qloop.config_file import describe_unused, load_config
 
     _stop_with_launcher()
     unknown = {text.lstrip("-").split("=")[0]: "" for text in ctx.args if text.startswith("-")}

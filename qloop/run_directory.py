@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from qloop.checkpoint.filesystem import FileSystem
-from qloop.config import Config, dump_yaml, find_changes, load_config
+from qloop.config import Config, find_changes
+from qloop.config_file import dump_yaml, load_config
 from qloop.errors import ConfigError
 
 # What a run may leave that ends before its config.yaml has its name.

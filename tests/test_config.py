@@ -10,17 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from qloop.config import (
-    KEYS,
-    MAY_CHANGE,
-    Config,
-    LoadedConfig,
-    describe_unused,
-    dump_yaml,
-    find_changes,
-    iterate_keys,
-    load_config,
-)
+from qloop.config import KEYS, MAY_CHANGE, Config, find_changes, iterate_keys
+from qloop.config_file import LoadedConfig, describe_unused, dump_yaml, load_config
 from qloop.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"

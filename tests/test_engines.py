@@ -15,7 +15,8 @@ from accelerate.utils import (
 )
 
 from qloop.assembly import assemble
-from qloop.config import Config, load_config
+from qloop.config import Config
+from qloop.config_file import load_config
 from qloop.engines.build import (
     _refuse_optimizer,
     _refuse_thin_matrices,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console as RichConsole
 
-from qloop.config import dump_yaml
+from qloop.config_file import dump_yaml
 from qloop.data.packing import pack_wrapped
 from qloop.errors import CheckpointError, ConfigError
 from qloop.flops import Flops, ModelFlops

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from qloop.assembly import assemble
 from qloop.checkpoint.reading import Checkpoint, Origins, read_checkpoint, restore
-from qloop.config import Config, load_config
+from qloop.config import Config
+from qloop.config_file import load_config
 from qloop.data.batches import block_ids_at
 from qloop.errors import CheckpointError, ConfigError
 from qloop.progress import Progress

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from workspace import write_model_config
 
 from qloop.assembly import assemble
-from qloop.config import Config, dump_yaml, load_config
+from qloop.config import Config
+from qloop.config_file import dump_yaml, load_config
 from qloop.errors import ConfigError, DivergenceError, StoppedError
 from qloop.stops import StopRequest
 from qloop.train import run_steps, train

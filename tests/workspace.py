@@ -6,7 +6,8 @@ from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from qloop.config import Config, load_config
+from qloop.config import Config
+from qloop.config_file import load_config
 from qloop.data.tokens import Corpus, Encoder, Source, build_corpus, open_corpus
 
 # Architectures that must work, as keys of a config.json beside the sizes below.

@@ -229,7 +229,7 @@ def count_trl(inputs) -> tuple[int, list[int]]:
 def run_qloop(setup: Setup, **keys: str) -> list[Record]:
     """The real command's own parts, with its defaults, but for what is saved at the end."""
     from qloop.assembly import assemble
-    from qloop.config import load_config
+    from qloop.config_file import load_config
     from qloop.report.metrics import read_records
     from qloop.stops import StopRequest
     from qloop.train import run_steps

@@ -23,7 +23,7 @@ import torch
 from qloop.checkpoint import store
 from qloop.checkpoint.filesystem import FileSystem
 from qloop.checkpoint.manager import CheckpointManager
-from qloop.config import load_config
+from qloop.config_file import load_config
 from qloop.report.console import quieten_libraries
 from qloop.train import train
 

@@ -12,7 +12,7 @@ import on_cpu  # noqa: F401  (changes what accelerate takes the machine for)
 import torch
 from torch.distributed.tensor import DTensor
 
-from qloop.config import load_config
+from qloop.config_file import load_config
 from qloop.engines.build import build_accelerator, build_engine, reads_weights
 from qloop.model.build import build_model, choose_precision
 
