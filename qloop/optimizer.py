@@ -278,12 +278,18 @@ def set_learning_rate(optimizer: Optimizers, learning_rate: float) -> None:
 def measure_grad_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     """Gives the L2 norm over all gradients, changing none; NaN or inf if any value is.
 
-    Squares are summed in fp64: summed in fp32 by a CPU, the norm of a large embedding's gradient
-    is half a thousandth off, and by something else where it is cut over ranks.
+    A CPU sums squares in fp64: in fp32 the norm of a large embedding's gradient is half a
+    thousandth off, and by something else where it is cut over ranks. A GPU adds by a tree, which is
+    exact enough in fp32; in fp64 it would first copy each gradient, to twice its size.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms)).float()
+    norms = [
+        torch.linalg.vector_norm(
+            gradient, dtype=torch.float64 if gradient.device.type == "cpu" else torch.float32
+        )
+        for gradient in gradients
+    ]
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64).float()
     return norm
 
 

@@ -1,6 +1,7 @@
 """Batches: over an epoch each token is learned exactly once, from the tokens before it."""
 
 import doctest
+import threading
 from collections import Counter
 from typing import NamedTuple
 
@@ -337,6 +338,27 @@ def test_a_step_is_the_same_whether_it_was_read_ahead_or_asked_for():
     assert direct.target_tokens == steps[3].target_tokens
     for reader in (in_turn, at_once):
         reader.close()
+
+
+def test_batches_are_pinned_for_the_gpu_of_their_rank(monkeypatch):
+    """Whose thread would else pin for the first, of which each rank would take a part."""
+    chosen, pinned = [], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda number: chosen.append((number, threading.get_ident()))
+    )
+    monkeypatch.setattr(
+        MicroBatch, "pin", lambda batch: pinned.append(threading.get_ident()) or batch
+    )
+    store, index = build(MIXED, "best_fit", 4)
+    reader = StepReader(store, index, 4, 4, 0, 1, seed=3, pins=True)
+    reader.read(0)
+    reader.read(4)
+    reader.close()
+    (number, thread), *others = chosen
+    assert (number, others) == (3, [])
+    assert thread in pinned
+    assert thread != threading.get_ident()
 
 
 def test_each_rank_knows_the_targets_of_all():

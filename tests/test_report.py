@@ -227,6 +227,17 @@ def test_memory_on_a_cpu_is_that_of_this_process_and_its_peak_stays():
     assert after.reserved == after.now
 
 
+def test_memory_of_a_gpu_is_what_torch_allocated_and_nothing_before_its_first_use(monkeypatch):
+    stats: dict[str, int] = {}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    assert measure_memory(torch.device("cuda", 0)) == (0, 0, 0)
+    stats.update(
+        {f"allocated_bytes.all.{name}": size for name, size in (("current", 5), ("peak", 7))}
+    )
+    stats["reserved_bytes.all.current"] = 9
+    assert measure_memory(torch.device("cuda", 0)) == (5, 7, 9)
+
+
 def test_a_peak_is_not_that_of_the_process_that_started_this_one():
     large = bytearray(300_000_000)
     code = (

@@ -164,7 +164,10 @@ class StepReader:
         self._store, self._index, self._step_blocks, self._seed = store, index, step_blocks, seed
         self._accumulation, self._rank, self._num_ranks = accumulation, rank, num_ranks
         self._pins = pins
-        self._thread = ThreadPoolExecutor(1, "step reader")
+        # A thread starts out on the first GPU, where its pinning would take memory from another
+        # rank.
+        on_gpu = (torch.cuda.set_device, (torch.cuda.current_device(),)) if pins else (None, ())
+        self._thread = ThreadPoolExecutor(1, "step reader", *on_gpu)
         self._next: tuple[int, Future[StepBatches]] | None = None
 
     def read(self, blocks_seen: int) -> StepBatches:

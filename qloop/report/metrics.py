@@ -136,9 +136,9 @@ def build_step_record(
 def measure_memory(device: torch.device) -> Memory:
     """Asks torch for a GPU's memory, and the system for this process's."""
     if device.type == "cuda":
-        stats = torch.cuda.memory_stats(device)
-        allocated, reserved = "allocated_bytes.all", "reserved_bytes.all.current"
-        return Memory(stats[f"{allocated}.current"], stats[f"{allocated}.peak"], stats[reserved])
+        stats = torch.cuda.memory_stats(device)  # empty before the GPU's first use
+        names = ("allocated_bytes.all.current", "allocated_bytes.all.peak")
+        return Memory(*(stats.get(name, 0) for name in (*names, "reserved_bytes.all.current")))
     resident = int(psutil.Process().memory_info().rss)
     return Memory(resident, max(resident, _read_peak_memory()), resident)
 
