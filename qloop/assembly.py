@@ -157,7 +157,9 @@ def _assemble(
     )
     model = on_all(accelerator, build)
     meter = build_meter(index, model, precision, memory_before, accelerator)
-    plan, plan_line = plan_run(config, describe_target(config, accelerator, precision))
+    micro_batches_left = (last_step - progress.step) * step.accumulation
+    target = describe_target(accelerator, precision, micro_batches_left)
+    plan, plan_line = plan_run(config, target)
     activations = choose_activations(config, accelerator, plan)
     keep_activations(model, activations, config.model.offload_activations)
     model_line = describe_model(config.model, model, precision, accelerator)
@@ -187,8 +189,9 @@ def _assemble(
     )  # fmt: skip
     micro_batch_tokens = config.batch.batch_size * config.data.max_seq_length
     loss = choose_loss(
-        engine.plain, config.model.loss, accelerator.device, micro_batch_tokens, precision
-    )
+        engine.plain, config.model.loss, accelerator.device, micro_batch_tokens, precision,
+        may_compile=config.model.compile is not False,
+    )  # fmt: skip
     if checkpoint:
         put = functools.partial(restore, engine, checkpoint, config.optimizer.optimizer)
         notes += filter(None, [on_all(accelerator, put)])
@@ -198,7 +201,6 @@ def _assemble(
     )  # fmt: skip
     why = f" ({loss.reason})" if loss.reason else ""
     speed_lines = [f"loss       {loss.kind}{why}; gradient checkpointing {activations}"]
-    micro_batches_left = (last_step - progress.step) * step.accumulation
     if micro_batches_left and compiles(config.model, accelerator, engine, micro_batches_left):
         micro_batch = reader.read(progress.blocks_seen).micro_batches[0]
         is_wanted = config.model.compile is True
@@ -277,10 +279,10 @@ def _load_data(
     return on_all(accelerator, lambda: open_all(folder, was_cached))
 
 
-def describe_target(config: Config, accelerator: Accelerator, precision: str) -> Target:
-    """Describes the devices of this run to the plan."""
+def describe_target(accelerator: Accelerator, precision: str, micro_batches: int) -> Target:
+    """Describes the devices of this run to the plan, and what is left to do on them."""
     engine = describe_engine(accelerator).lower().replace("-", "") or "ddp"
-    return Target(find_device(), precision, engine, accelerator.num_processes)
+    return Target(find_device(), precision, engine, accelerator.num_processes, micro_batches)
 
 
 def choose_activations(config: Config, accelerator: Accelerator, plan: Plan | None) -> str:

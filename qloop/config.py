@@ -79,10 +79,11 @@ class ModelConfig(Section):
         description="documents: without a mask, each document for itself; the others are "
         "transformers' own; auto: documents where the model allows it",
     )
-    loss: Literal["auto", "logits", "chunked", "torch", "liger"] = Field(
+    loss: Literal["auto", "logits", "chunked", "fused", "torch", "liger"] = Field(
         "auto",
         description="logits: all at once; the others never hold all: chunked: some rows at a time, "
-        "torch: linear_cross_entropy, liger: liger-kernel; auto: by device and size",
+        "fused: so too, compiled, torch: linear_cross_entropy, liger: liger-kernel; auto: by "
+        "device and size",
     )
     gradient_checkpointing: Literal["auto", "full", "selective", "off"] | bool = Field(
         "auto",

@@ -21,6 +21,7 @@ from qloop.flops import build_model_flops, measure_matmul_flops, peak_flops
 from qloop.model.activations import find_layers, keep_activations
 from qloop.model.attention import DOCUMENTS, why_not_documents
 from qloop.model.build import choose_precision
+from qloop.model.compilation import is_worthwhile
 from qloop.model.loss import choose_kind
 from qloop.model.shapes import build_shapes
 from qloop.optimizer import count_state_bytes
@@ -45,6 +46,8 @@ DEVICES = {
 }
 """Names as torch has them, and bytes as sold."""
 
+_DEFAULT_STEPS = 1000
+
 METHODS = ("full", "lora", "qlora")
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 
@@ -67,6 +70,8 @@ class Target:
     engine: str = "ddp"
     """One of ENGINES; without meaning for a single process."""
     num_processes: int = 1
+    micro_batches: int | None = None
+    """That a run there still has to make, on each; None: as its config says."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class Plan:
     target: Target
     activations: str
     """off, selective or full."""
+    is_compiled: bool
+    """Whether the layers are."""
     parts: dict[str, int]
     """Bytes alive at the peak, by PARTS."""
     checkpoint_bytes: int
@@ -285,6 +292,7 @@ def format_plans(plans: list[Plan], flops: float | None) -> str:
         "peak": [show_bytes(plan.peak_bytes) for plan in plans],
         "fits": [fit(plan) for plan in plans],
         "computed again": [plan.activations for plan in plans],
+        "compiled": ["layers" if plan.is_compiled else "nothing" for plan in plans],
         "largest batch_size": [str(find_largest_batch(plan)) for plan in plans],
         "a checkpoint": [show_bytes(plan.checkpoint_bytes) for plan in plans],
         "disk for the run": [show_bytes(count_disk_bytes(plan)) for plan in plans],
@@ -323,7 +331,19 @@ def estimate_seconds(plan: Plan, flops: float | None) -> float | None:
     return (plan.step_flops + (again or 0)) / (flops * plan.target.num_processes)
 
 
-def _plan(config: Config, target: Target, mode: str) -> Plan:
+def _is_compiled(config: Config, target: Target) -> bool:
+    if target.engine in ("zero2", "zero3"):
+        return False
+    accumulation = config.batch.gradient_accumulation_steps
+    micro_batches = target.micro_batches
+    if micro_batches is None:
+        micro_batches = (config.schedule.max_steps or _DEFAULT_STEPS) * accumulation
+    return is_worthwhile(config.model, target.device.kind, micro_batches)
+
+
+def _plan(config: Config, target: Target, mode: str, is_compiled: bool | None = None) -> Plan:
+    if is_compiled is None:
+        is_compiled = _is_compiled(config, target)
     data, batch = config.data, config.batch
     model = build_shapes(config.model, config.lora, target.precision)
     flops = build_model_flops(model)
@@ -338,20 +358,27 @@ def _plan(config: Config, target: Target, mode: str) -> Plan:
     _set_attention(model, config, target)
     keep_activations(model, mode)
     vocabulary_size = model.config.get_text_config().vocab_size
-    kind = choose_kind(config.model.loss, target.device.kind, rows * vocabulary_size * 4)
+    kind = choose_kind(
+        config.model.loss, target.device.kind, rows * vocabulary_size * 4,
+        may_compile=config.model.compile is not False,
+    )  # fmt: skip
     hidden_bytes = model.get_input_embeddings().weight.element_size()
     hidden_bytes *= rows * model.config.get_text_config().hidden_size
     try:
         parts = simulate_step(
             model,
-            "logits" if kind == "logits" else "chunked",  # others are one operator, unseen inside
+            kind if kind in ("logits", "fused") else "chunked",  # others cannot be looked into
             target.device.kind,
             batch.batch_size,
             data.max_seq_length,
             target.precision,
             accumulates=batch.gradient_accumulation_steps > 1,
+            # What is computed again is the same, compiled or not.
+            is_compiled=is_compiled and mode == "off",
         )
     except Exception as error:  # whatever a model's own code makes of tensors without values
+        if is_compiled:  # such layers may not compile either
+            return _plan(config, target, mode, is_compiled=False)
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise PlanError(
             f"not planned: {type(model).__name__} does not run on tensors without values: {reason}"
@@ -370,6 +397,7 @@ def _plan(config: Config, target: Target, mode: str) -> Plan:
         config=config,
         target=target,
         activations=mode,
+        is_compiled=is_compiled,
         parts=parts,
         checkpoint_bytes=(4 * count if adapters else all_bytes) + optimizer_bytes,
         step_flops=None if flops is None else flops.of(lengths),
@@ -469,7 +497,7 @@ def _name_parts(plan: Plan) -> str:
 
 
 def _steps(plan: Plan) -> int:
-    return plan.config.schedule.max_steps or 1000
+    return plan.config.schedule.max_steps or _DEFAULT_STEPS
 
 
 def _show_seconds(seconds: float | None, times: int = 1) -> str:

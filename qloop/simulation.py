@@ -3,20 +3,25 @@
 It is the very code that trains (attention, loss, recomputation, autocast), with torch's fake
 tensors; every storage that begins or ends is written down. The largest sum is the peak; what is
 alive then, by what it is for, are its parts. Fake tensors are those of a CPU, since torch has no
-others on a machine without a GPU; shapes and types are the same.
+others on a machine without a GPU; shapes and types are the same. Of compiled layers, what is kept
+for the backward pass is chosen as torch's compiler does it: from the graph of both passes.
 
 Not seen: what kernels use inside, and what an allocator wastes between tensors.
 """
 
+import contextlib
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qloop.data.batches import MicroBatch
+from qloop.model.activations import find_layers
 from qloop.model.attention import DOCUMENTS
 from qloop.model.loss import TargetLoss
 
@@ -72,6 +77,7 @@ def simulate_step(
     length: int,
     precision: str,
     accumulates: bool,
+    is_compiled: bool = False,
 ) -> dict[str, int]:
     """Runs forward and backward of a micro-batch.
 
@@ -83,12 +89,16 @@ def simulate_step(
         length: Of a block.
         precision: `bf16` or `fp32`.
         accumulates: Whether the gradients of an earlier micro-batch wait meanwhile.
+        is_compiled: Whether the layers are, and keep what their compiler chooses.
 
     Returns:
         Bytes at the peak, by PARTS; without the optimizer's.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    as_on_gpu = _dropping_as_on_gpu() if device_type == "cuda" else contextlib.nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu:
         _give_fake_memory(model)
+        if is_compiled:
+            _keep_as_compiled(model)
         micro_batch = _build_fake_batch(model, batch_size, length)
         loss = TargetLoss(model, loss_kind, device_type)
         model.train()
@@ -118,6 +128,67 @@ def simulate_step(
             **dict.fromkeys(parameters, "parameters"),
         },
     )
+
+
+@contextlib.contextmanager
+def _dropping_as_on_gpu() -> Iterator[None]:
+    """A GPU keeps a byte for each value that may be dropped; a CPU the factor it multiplied with.
+
+    By its name, since what is computed again in the backward pass has to meet it too.
+    """
+    functional: Any = F
+    plain = functional.dropout
+
+    def dropout(
+        values: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> torch.Tensor:
+        return torch.native_dropout(values, p, True)[0] if training else values
+
+    functional.dropout = dropout
+    try:
+        yield
+    finally:
+        functional.dropout = plain
+
+
+def _keep_as_compiled(model: torch.nn.Module) -> None:
+    """Has every layer keep what it would keep compiled; layers are alike but for their inputs."""
+    graphs: dict[Any, Callable[..., Any]] = {}
+    for layer in find_layers(model):
+        setattr(layer, "forward", _like_compiled(layer, graphs))  # noqa: B010
+
+
+def _like_compiled(
+    layer: torch.nn.Module, graphs: dict[Any, Callable[..., Any]]
+) -> Callable[..., Any]:
+    """Gives a layer's forward by the two graphs that `torch.compile` would make of it."""
+    from functorch.compile import aot_function, min_cut_rematerialization_partition, nop
+
+    plain = layer.forward
+
+    def forward(hidden: torch.Tensor, **kwargs: Any) -> Any:
+        weights = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+        tensors = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor | tuple)}
+        others = {k: v for k, v in kwargs.items() if k not in tensors}
+        alike = tuple((name, w.shape, w.requires_grad) for name, w in weights.items())
+        key = (alike, hidden.requires_grad, getattr(layer, "attention_type", None))
+
+        def call(weights: Any, hidden: Any, tensors: Any) -> Any:
+            setattr(layer, "forward", plain)  # noqa: B010
+            try:
+                given = {**others, **tensors}
+                return torch.func.functional_call(layer, weights, (hidden,), given)
+            finally:
+                setattr(layer, "forward", forward)  # noqa: B010
+
+        if key not in graphs:
+            graphs[key] = aot_function(
+                call, fw_compiler=nop, bw_compiler=nop,
+                partition_fn=min_cut_rematerialization_partition,
+            )  # fmt: skip
+        return graphs[key](weights, hidden, tensors)
+
+    return forward
 
 
 def _sum_at_peak(events: list[tuple[int, int]], part_of: dict[int, str]) -> dict[str, int]:

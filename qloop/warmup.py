@@ -14,13 +14,15 @@ from qloop.data.batches import MicroBatch
 from qloop.engines.engine import Engine
 from qloop.errors import ConfigError
 from qloop.model.activations import find_layers
-from qloop.model.compilation import compile_layers, count_compilations, uncompile_layers
+from qloop.model.compilation import (
+    compile_layers,
+    count_compilations,
+    is_worthwhile,
+    uncompile_layers,
+)
 from qloop.model.loss import TargetLoss
 from qloop.ranks import on_all
 from qloop.seeds import seed_forward_pass
-
-WORTHWHILE_MICRO_BATCHES = 200
-"""From so many on, compiling by itself: it takes as long as some dozens do."""
 
 
 def compiles(
@@ -38,12 +40,7 @@ def compiles(
         reason = f"{type(engine.plain).__name__} does not say what its layers are"
     if config.compile is True and reason:
         raise ConfigError(f"compile: {reason}; use auto or false")
-    if config.compile != "auto":
-        return bool(config.compile)
-    pays = accelerator.device.type == "cuda" and micro_batches_left >= WORTHWHILE_MICRO_BATCHES
-    # 4-bit layers look at what they hold while they run, and offloading copies behind the graph.
-    fits = config.training_method != "qlora" and not config.offload_activations
-    return pays and fits and reason is None
+    return reason is None and is_worthwhile(config, accelerator.device.type, micro_batches_left)
 
 
 def compile_and_warm_up(

@@ -1,5 +1,7 @@
 """Model FLOPs, beside what torch counts while a model runs."""
 
+import time
+
 import bitsandbytes
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from workspace import ARCHITECTURES, write_model_config
 
+import qloop.flops
 from qloop.flops import (
     Flops,
     attention_flops,
@@ -176,3 +179,18 @@ def test_measuring_a_product_draws_none_of_the_runs_random_numbers():
     before = torch.get_rng_state()
     assert measure_matmul_flops(torch.device("cpu"), torch.float32) > 1e6
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_a_library_takes_to_begin_does_not_end_the_measuring(monkeypatch):
+    """On a GPU the first product of a process takes half a second, at any size."""
+    sizes = []
+
+    def time_product(matrix):
+        if not sizes:
+            time.sleep(0.5)
+        sizes.append(len(matrix))
+        return 1e-4 * len(matrix) ** 3 / 256**3
+
+    monkeypatch.setattr(qloop.flops, "_time_product", time_product)
+    assert measure_matmul_flops(torch.device("cpu"), torch.float32) == pytest.approx(2e4 * 256**3)
+    assert sorted(set(sizes)) == [256, 512, 1024, 2048]

@@ -17,7 +17,7 @@ from qloop.data.batches import IGNORED, MicroBatch
 from qloop.model.attention import DOCUMENTS, attend_to_documents
 from qloop.model.build import build_model
 from qloop.model.compilation import count_compilations
-from qloop.model.loss import TargetLoss, choose_kind
+from qloop.model.loss import LinearTargetLoss, TargetLoss, _count_rows, turn_into_slopes
 from qloop.profiling import profile
 from qloop.report.metrics import read_records
 from qloop.stops import StopRequest
@@ -72,7 +72,7 @@ def test_attention_is_the_block_diagonal_reference(layout, num_heads, key_heads,
             assert distance(one, other) < 2e-2
 
 
-@pytest.mark.parametrize("kind", ["logits", "chunked", "torch", "liger"])
+@pytest.mark.parametrize("kind", ["logits", "chunked", "fused", "torch", "liger"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_loss_is_that_of_all_logits_in_fp32(tmp_path, kind, tied):
     if kind == "torch" and not hasattr(F, "linear_cross_entropy"):
@@ -114,7 +114,10 @@ def test_recomputing_changes_nothing_but_memory(workspace, method):
 
 @pytest.mark.parametrize(
     ("method", "mode"),
-    [("full", "off"), ("full", "selective"), ("full", "full"), ("lora", "off"), ("qlora", "off")],
+    [
+        *(("full", "off"), ("full", "selective"), ("full", "full")),
+        *(("lora", "off"), ("qlora", "off"), ("qlora", "selective")),
+    ],
 )
 def test_a_compiled_run_has_the_same_losses_and_compiles_once(workspace, method, mode):
     keys = {
@@ -168,5 +171,16 @@ def test_the_model_attends_by_documents_and_learns(workspace):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_large_logits_are_never_held():
-    assert choose_kind("auto", "cuda", 8192 * 152_064 * 4) != "logits"
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_vocabulary_of_152_thousand_at_8_thousand_tokens_takes_less_than_a_gigabyte(trained):
+    """Beside the gradients; all logits and theirs would be 10 GB and more."""
+    hidden = torch.randn(8192, 896, device=GPU, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(152_064, 896, device=GPU, requires_grad=trained)
+    labels = torch.randint(152_064, (8192,), device=GPU)
+    rows = _count_rows(152_064, "cuda", is_fused=True)
+    types = (torch.bfloat16, turn_into_slopes)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    LinearTargetLoss.apply(hidden, weight, None, labels, rows, *types).backward()
+    gradients = sum(tensor.nbytes for tensor in (hidden, weight) if tensor.requires_grad)
+    assert torch.cuda.max_memory_allocated() - before - gradients < 1e9

@@ -104,12 +104,18 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.model.activations",
         "qloop.model.attention",
         "qloop.model.build",
+        "qloop.model.compilation",
         "qloop.model.loss",
         "qloop.model.shapes",
         "qloop.optimizer",
         "qloop.simulation",
     },
-    "qloop.simulation": {"qloop.data.batches", "qloop.model.attention", "qloop.model.loss"},
+    "qloop.simulation": {
+        "qloop.data.batches",
+        "qloop.model.activations",
+        "qloop.model.attention",
+        "qloop.model.loss",
+    },
     # Compiling, on a step's own data: of all parts only the engine, the loss and the ranks.
     "qloop.warmup": {
         "qloop.config",
@@ -244,7 +250,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "qloop.model.loss",
     },
     "qloop.model.loss": {"qloop.data.batches", "qloop.errors", "qloop.model.attention"},
-    "qloop.model.compilation": {"qloop.model.activations"},
+    "qloop.model.compilation": {"qloop.config", "qloop.model.activations"},
     "qloop.model.activations": {"qloop.errors"},
     "qloop.model.attention": {"qloop.data.batches"},
     "qloop.data.sources": {

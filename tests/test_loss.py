@@ -15,7 +15,15 @@ from qloop.config import LoraConfig, ModelConfig
 from qloop.data.batches import IGNORED, MicroBatch
 from qloop.errors import ConfigError
 from qloop.model.build import build_model
-from qloop.model.loss import TargetLoss, choose_loss, compute_logits, next_token_loss, predict
+from qloop.model.compilation import count_compilations
+from qloop.model.loss import (
+    TargetLoss,
+    choose_kind,
+    choose_loss,
+    compute_logits,
+    next_token_loss,
+    predict,
+)
 
 
 class Bigrams(torch.nn.Module):
@@ -198,7 +206,7 @@ HEADS: dict[str, dict] = {
     "trained beside adapters": {"training_method": "lora", "modules_to_save": ("lm_head",)},
     "4 bits below": {"training_method": "qlora"},
 }
-kinds = pytest.mark.parametrize("kind", ["chunked", "torch"])
+kinds = pytest.mark.parametrize("kind", ["chunked", "fused", "torch"])
 heads = pytest.mark.parametrize("head", HEADS)
 
 
@@ -340,16 +348,47 @@ def test_a_kind_that_is_not_here_is_an_error(tmp_path, monkeypatch):
         choose_loss(model, "torch", cpu, 1024, "fp32")
 
 
+def test_a_gpu_fuses_what_is_large_unless_nothing_may_be_compiled():
+    large, small = 8192 * 152_064 * 4, 2**20
+    assert choose_kind("auto", "cuda", large) == "fused"
+    assert choose_kind("auto", "cuda", large, may_compile=False) == "chunked"
+    assert choose_kind("auto", "cuda", small) == "logits"
+    assert choose_kind("auto", "cpu", large) == "chunked"
+
+
+def test_where_there_is_no_compiler_the_next_kind_is_taken(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("Cannot find a working triton installation")
+
+    model, cpu = build(tmp_path), torch.device("cpu")
+    monkeypatch.setattr(qloop.model.loss, "_compiled_turn", lambda: fail)
+    monkeypatch.setattr(qloop.model.loss, "choose_kind", lambda *_, **__: "fused")  # as on a GPU
+    chosen = choose_loss(model, "auto", cpu, 1024, "fp32")
+    assert chosen.kind == "chunked"
+    assert "fused does not fit this model: RuntimeError: Cannot find a working" in chosen.reason
+
+
+def test_a_last_chunk_of_another_size_compiles_nothing_anew(tmp_path):
+    model = build(tmp_path)
+    loss = TargetLoss(model, "fused")
+    loss.compile(torch.float32)
+    before = count_compilations()
+    for rows in (6, 5, 7):
+        loss.sum(model, draw_micro_batch(rows, vocabulary_size=1000)).backward()
+    assert count_compilations() == before
+
+
 LARGE = """
 import resource, torch
-from qloop.model.loss import LinearTargetLoss, _count_rows
+from qloop.model.loss import LinearTargetLoss, _count_rows, _turn_into_slopes
 torch.manual_seed(0)
 hidden = torch.randn(8192, 16, requires_grad=True)
 weight = torch.randn(152_064, 16, requires_grad=True)
 labels = torch.randint(152_064, (8192,))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 rows = _count_rows(152_064, "cuda")
-LinearTargetLoss.apply(hidden, weight, None, labels, rows, torch.float32).backward()
+loss = LinearTargetLoss.apply(hidden, weight, None, labels, rows, torch.float32, _turn_into_slopes)
+loss.backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 

@@ -13,6 +13,7 @@ from qloop.data.batches import MicroBatch
 from qloop.model.activations import keep_activations
 from qloop.model.attention import DOCUMENTS
 from qloop.model.build import build_model
+from qloop.model.compilation import compile_layers
 from qloop.model.loss import TargetLoss
 from qloop.model.shapes import build_shapes
 from qloop.simulation import PARTS, simulate_step
@@ -48,13 +49,17 @@ def simulate(config: ModelConfig, mode: str, kind: str, precision="fp32", accumu
     return simulate_step(model, kind, "cpu", BATCH, LENGTH, precision, accumulates)
 
 
-def measure(config: ModelConfig, mode: str, kind: str, precision="fp32") -> int:
+def measure(config: ModelConfig, mode: str, kind: str, precision="fp32", is_compiled=False) -> int:
     """Bytes that a real step takes at most, beside the weights, as torch's allocator reports."""
     model = prepare(build_model(config, LoraConfig(), precision, CPU, seed=0), mode)
     ids = torch.randint(4096, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     places = torch.cat([torch.arange(300), torch.arange(212)]).repeat(BATCH, 1)
     micro_batch = MicroBatch(ids, ids.roll(-1, dims=1), places)
     loss = TargetLoss(model, kind)
+    if is_compiled:
+        compile_layers(model)
+        loss.sum(model, micro_batch).backward()
+        model.zero_grad()
     gc.collect()  # what earlier tests left would else end meanwhile, and count as freed here
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with torch.autocast("cpu", torch.bfloat16, precision == "bf16", cache_enabled=False):
@@ -90,6 +95,32 @@ def test_in_bf16_too(tmp_path):
     parts = simulate(config, "off", "chunked", "bf16")
     real = measure(config, "off", "chunked", "bf16")
     assert sum(parts.values()) - parts["parameters"] == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_compiled_layers_keep_what_their_compiler_chooses(tmp_path, method):
+    """Which is less than they keep uncompiled."""
+    config = model_config(tmp_path, method, num_hidden_layers=8)
+    real = measure(config, "off", "chunked", is_compiled=True)
+    model = prepare(build_shapes(config, LoraConfig(), "fp32"), "off")
+    # A CPU's generated code draws and keeps no byte for a dropped value, as a GPU's.
+    parts = simulate_step(model, "chunked", "cpu", BATCH, LENGTH, "fp32", False, is_compiled=True)
+    planned = sum(parts.values()) - parts["parameters"]
+    assert planned == pytest.approx(real, rel=0.1)
+    assert planned < 0.95 * measure(config, "off", "chunked")
+
+
+def test_a_gpu_keeps_a_byte_for_a_value_that_may_be_dropped(tmp_path):
+    """A CPU keeps the factor that it multiplied with; here of 7 adapters in each of 4 layers."""
+    config = model_config(tmp_path, "lora")
+    kept = {}
+    for device in ("cpu", "cuda"):
+        model = prepare(build_shapes(config, LoraConfig(), "fp32"), "off")
+        parts = simulate_step(model, "logits", device, BATCH, LENGTH, "fp32", accumulates=False)
+        kept[device] = parts["activations"]
+    values = BATCH * LENGTH * 4 * (6 * SIZES["hidden_size"] + SIZES["intermediate_size"])
+    # At the peak, the last of them is gone.
+    assert kept["cpu"] - kept["cuda"] == pytest.approx(values * (4 - 1), rel=0.1)
 
 
 @pytest.mark.parametrize("tied", [True, False])

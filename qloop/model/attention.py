@@ -12,13 +12,13 @@ no layout compiles anything anew. The work grows with the documents' squares, no
 """
 
 import contextlib
-import functools
 import inspect
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from qloop.data.batches import MicroBatch
@@ -28,6 +28,11 @@ DOCUMENTS = "documents"
 
 _CHANGING = ("softcap", "s_aux", "sinks", "position_bias", "head_mask")
 """What some models pass to their attention that changes its result, and is not done here."""
+
+# That there may be fewer key heads than query heads, where torch wants to be told.
+_FEWER_KEYS: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 
 
 def why_not_documents(model: PreTrainedModel, device: torch.device, precision: str) -> str | None:
@@ -133,23 +138,13 @@ def _attend_by_torch(
 ) -> torch.Tensor:
     """Attends by `varlen_attn`, which wants the rows behind each other: here that is a view."""
     batch, _, length, _ = query.shape
-    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    flat: list[Any] = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
+    where: Any = (boundaries, boundaries, max_length, max_length)
     # Its window counts the tokens before one; the 0 behind it says causal.
-    attended: torch.Tensor = _varlen_attn()(
-        *(*flat, boundaries, boundaries, max_length, max_length),
-        scale=scale,
-        window_size=(window - 1 if window else -1, 0),
-    )
-    return attended.reshape(batch, length, *attended.shape[1:])
-
-
-@functools.cache
-def _varlen_attn() -> Any:
-    """Torch's own, told of fewer key heads than query heads where it wants to be told."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    wants_to_know = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    return functools.partial(varlen_attn, enable_gqa=True) if wants_to_know else varlen_attn
+    window_size = (window - 1 if window else -1, 0)
+    attended: Any = varlen_attn(*flat, *where, scale=scale, window_size=window_size, **_FEWER_KEYS)
+    result: torch.Tensor = attended.reshape(batch, length, *attended.shape[1:])
+    return result
 
 
 @torch.library.custom_op("qloop::attend", mutates_args=())

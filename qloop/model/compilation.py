@@ -11,7 +11,26 @@ from typing import Any
 
 import torch
 
+from qloop.config import ModelConfig
 from qloop.model.activations import find_layers
+
+WORTHWHILE_MICRO_BATCHES = 200
+"""From so many on, compiling by itself: it takes as long as some dozens do."""
+
+
+def is_worthwhile(config: ModelConfig, device_type: str, micro_batches: int) -> bool:
+    """Says whether a run is to compile its layers, if they can be.
+
+    Args:
+        config: Whether it is asked for, and what stands against it.
+        device_type: Where it computes.
+        micro_batches: That it still has to make.
+    """
+    if config.compile != "auto":
+        return bool(config.compile)
+    # Offloading copies behind the graph.
+    is_long = micro_batches >= WORTHWHILE_MICRO_BATCHES and not config.offload_activations
+    return device_type == "cuda" and is_long
 
 
 def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> None:

@@ -8,8 +8,11 @@ together with the gradients, so that no row's logits are kept or computed twice.
     kind      how                                                        heads
     logits    all logits, torch's cross-entropy: the reference           all
     chunked   some rows at a time, here                                  all
+    fused     the same, softmax and slopes by one compiled kernel        plain linear layers
     torch     torch.nn.functional.linear_cross_entropy, from torch 2.13  plain linear layers
     liger     the Triton kernel of liger-kernel, on a GPU                plain linear layers
+
+`fused` is what a GPU takes: `python tests/benchmarks/losses.py` has them beside each other.
 """
 
 import functools
@@ -25,8 +28,9 @@ from qloop.data.batches import IGNORED, MicroBatch
 from qloop.errors import ConfigError
 from qloop.model.attention import attention_inputs
 
-CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
-"""Logits at a time: on a CPU what its cache nearly holds, on a GPU what keeps it busy."""
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26, "fused": 2**28}
+"""Logits at a time: on a CPU what its cache nearly holds, on a GPU what keeps it busy; four times
+as many where they are never in fp32, since each chunk reads and writes the weight's gradient."""
 
 SMALL_LOGITS_BYTES = 2**28
 """Below this a GPU is faster with all logits at once."""
@@ -78,6 +82,7 @@ class TargetLoss:
         """Why it is not another kind that would be faster."""
         self._device_type = device_type or model.device.type
         self._plain = model
+        self._vocabulary_size = int(model.config.get_text_config().vocab_size)
         self._head: Any = None if kind == "logits" else model.get_output_embeddings()
 
     def sum(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
@@ -91,12 +96,18 @@ class TargetLoss:
             return _sum_of_logits(_run(model, self._plain, micro_batch), micro_batch.labels)
         head_forward, labels = self._head.forward, micro_batch.labels.flatten()
         if type(self._head).forward is torch.nn.Linear.forward:  # and neither 4 bits nor adapters
-            at_head = functools.partial(
-                _sum_of_linear, self.kind, self._head, labels, self._num_rows()
-            )
+            num_rows = self._num_rows(is_fused=self.kind == "fused")
+            at_head = functools.partial(_sum_of_linear, self.kind, self._head, labels, num_rows)
         else:
             at_head = functools.partial(_sum_of_any, head_forward, labels, self._num_rows())
         return self._run_to_head(model, micro_batch, at_head)[0]
+
+    def compile(self, dtype: torch.dtype) -> None:
+        """Makes the kernel of `fused`, for chunks of the size that training has."""
+        rows, device = self._num_rows(is_fused=True), self._plain.device
+        logits = torch.zeros(rows, self._vocabulary_size, dtype=dtype, device=device)
+        ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        turn_into_slopes(logits, ids, ids == IGNORED)
 
     def predict(self, model: torch.nn.Module, micro_batch: MicroBatch) -> Prediction:
         """Sums loss and right answers over a micro-batch's targets, in float64; no gradients."""
@@ -107,8 +118,8 @@ class TargetLoss:
         at_head = functools.partial(_score_rows, self._head.forward, labels, self._num_rows())
         return Prediction(*self._run_to_head(model, micro_batch, at_head))
 
-    def _num_rows(self) -> int:
-        return _count_rows(self._plain.config.get_text_config().vocab_size, self._device_type)
+    def _num_rows(self, is_fused: bool = False) -> int:
+        return _count_rows(self._vocabulary_size, self._device_type, is_fused)
 
     def _run_to_head(
         self,
@@ -134,7 +145,12 @@ class TargetLoss:
 
 
 def choose_loss(
-    model: Any, wanted: str, device: torch.device, tokens: int, precision: str
+    model: Any,
+    wanted: str,
+    device: torch.device,
+    tokens: int,
+    precision: str,
+    may_compile: bool = True,
 ) -> TargetLoss:
     """Chooses the kind, and tries it on the model.
 
@@ -147,12 +163,13 @@ def choose_loss(
         device: Where it is trained.
         tokens: Of a micro-batch.
         precision: `bf16` or `fp32`.
+        may_compile: Whether `auto` may take what is compiled.
 
     Raises:
         ConfigError: The kind that was asked for cannot be had, or gives another loss.
     """
     vocabulary_size = model.config.get_text_config().vocab_size
-    kind = choose_kind(wanted, device.type, tokens * vocabulary_size * 4)
+    kind = choose_kind(wanted, device.type, tokens * vocabulary_size * 4, may_compile)
     others = ["chunked", "logits"] if wanted == "auto" else []
     reasons: list[str] = []
     for candidate in dict.fromkeys([kind, *others]):
@@ -175,6 +192,8 @@ def _why_not(model: Any, kind: str, device: torch.device, precision: str) -> str
     uses_bf16, was_training = precision == "bf16", model.training
     model.eval()
     try:
+        if kind == "fused":
+            candidate.compile(torch.bfloat16 if uses_bf16 else torch.float32)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16):
             expected = float(reference.sum(model, row))
             got = float(candidate.sum(model, row))
@@ -189,7 +208,7 @@ def _why_not(model: Any, kind: str, device: torch.device, precision: str) -> str
     return f"it gives {got:.6g} where logits give {expected:.6g}"
 
 
-def choose_kind(wanted: str, device_type: str, logits_bytes: int) -> str:
+def choose_kind(wanted: str, device_type: str, logits_bytes: int, may_compile: bool = True) -> str:
     """Chooses how the loss is computed, before there is a model.
 
     Raises:
@@ -208,7 +227,7 @@ def choose_kind(wanted: str, device_type: str, logits_bytes: int) -> str:
         return "chunked"
     if logits_bytes < SMALL_LOGITS_BYTES:
         return "logits"
-    return next((kind for kind in ("liger", "torch") if has[kind]), "chunked")
+    return "fused" if may_compile and device_type == "cuda" else "chunked"
 
 
 def _run(model: torch.nn.Module, plain: Any, micro_batch: MicroBatch) -> torch.Tensor:
@@ -272,9 +291,10 @@ def _sum_of_linear(
     uses_autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if uses_autocast else head.weight.dtype
     with torch.autocast(device, enabled=False):
-        if kind == "chunked":
+        if kind in ("chunked", "fused"):
+            turn = turn_into_slopes if kind == "fused" else _turn_into_slopes
             loss_sum: torch.Tensor = LinearTargetLoss.apply(  # type: ignore[no-untyped-call]
-                hidden, head.weight, head.bias, labels, num_rows, dtype
+                hidden, head.weight, head.bias, labels, num_rows, dtype, turn
             )
             return loss_sum
         bias = None if head.bias is None else head.bias.to(dtype)
@@ -306,9 +326,10 @@ def _sum_by_liger(
 _PEERS = {"torch": _sum_by_torch, "liger": _sum_by_liger}
 
 
-def _count_rows(vocabulary_size: int, device: str) -> int:
+def _count_rows(vocabulary_size: int, device: str, is_fused: bool = False) -> int:
     """Says for how many tokens logits are computed at a time."""
-    return max(64, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // vocabulary_size)
+    place = "fused" if is_fused and device != "cpu" else device
+    return max(64, CHUNK_ELEMENTS.get(place, CHUNK_ELEMENTS["cuda"]) // vocabulary_size)
 
 
 class LinearTargetLoss(torch.autograd.Function):
@@ -327,6 +348,7 @@ class LinearTargetLoss(torch.autograd.Function):
         labels: torch.Tensor,
         num_rows: int,
         dtype: torch.dtype,
+        turn: Callable[..., Any],
     ) -> torch.Tensor:
         """Sums the loss, float32, and prepares the gradients.
 
@@ -338,6 +360,7 @@ class LinearTargetLoss(torch.autograd.Function):
             labels: [tokens], or IGNORED.
             num_rows: Tokens at a time.
             dtype: What matrices are multiplied in; sums are float32.
+            turn: Turns a chunk's logits into their gradient, and sums its loss.
         """
         needs = ctx.needs_input_grad[:3]
         matrix = weight.to(dtype)
@@ -351,23 +374,19 @@ class LinearTargetLoss(torch.autograd.Function):
             states, ids = hidden[here].to(dtype), labels[here, None]
             is_ignored = ids == IGNORED
             ids = ids.masked_fill(is_ignored, 0)
-            slopes = F.linear(states, matrix, offset).float().log_softmax(dim=1)
-            total -= slopes.gather(1, ids).masked_fill_(is_ignored, 0.0).sum()
+            slopes, loss_sum = turn(F.linear(states, matrix, offset), ids, is_ignored)
+            total += loss_sum
             if not any(needs):
                 continue
-            slopes = slopes.exp_().scatter_add_(1, ids, slopes.new_full(ids.shape, -1.0))
             # Rows without a target are taken out where they are short.
             states = states.masked_fill(is_ignored, 0.0)
             if of_bias is not None:
-                of_bias += (~is_ignored).float().T[0] @ slopes
+                of_bias += (~is_ignored).to(slopes.dtype).T[0] @ slopes
             slopes = slopes.to(dtype)
             if of_hidden is not None:
                 of_hidden[here] = (slopes @ matrix).masked_fill_(is_ignored, 0.0)
             if of_weight is not None:
-                if dtype == torch.float32:
-                    of_weight.addmm_(slopes.T, states)
-                else:
-                    of_weight += slopes.T @ states
+                _add_product(of_weight, slopes.T, states)
         ctx.gradients = (of_hidden, of_weight, of_bias)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         return total
@@ -381,4 +400,71 @@ class LinearTargetLoss(torch.autograd.Function):
             None if gradient is None else gradient.mul_(slope).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Adds a matrix product to a sum in float32; a GPU's product is rounded to no other type."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.device.type == "cuda":
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left @ right
+
+
+def _turn_into_slopes(
+    logits: torch.Tensor, ids: torch.Tensor, is_ignored: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gives the gradient of some rows' logits, float32, and the sum of their losses.
+
+    Args:
+        logits: [rows, vocabulary].
+        ids: [rows, 1], the targets.
+        is_ignored: [rows, 1]; such rows have no loss, and a gradient that is to be left out.
+    """
+    slopes = logits.float().log_softmax(dim=1)
+    loss_sum = -slopes.gather(1, ids).masked_fill_(is_ignored, 0.0).sum()
+    return slopes.exp_().scatter_add_(1, ids, slopes.new_full(ids.shape, -1.0)), loss_sum
+
+
+def turn_into_slopes(
+    logits: torch.Tensor, ids: torch.Tensor, is_ignored: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by a compiled kernel, in the memory and the type of the logits."""
+    return logits, torch.ops.qloop.turn_in_place(logits, ids, is_ignored)
+
+
+# An operator, so that a simulation sees what it leaves and not how it works.
+@torch.library.custom_op("qloop::turn_in_place", mutates_args=("logits",))
+def _turn_in_place(
+    logits: torch.Tensor, ids: torch.Tensor, is_ignored: torch.Tensor
+) -> torch.Tensor:
+    for tensor in (logits, ids, is_ignored):
+        torch._dynamo.mark_dynamic(tensor, 0)  # the last chunk has fewer rows
+    loss_sum: torch.Tensor = _compiled_turn()(logits, ids, is_ignored)
+    return loss_sum
+
+
+@_turn_in_place.register_fake
+def _turn_in_place_shapes(logits: Any, ids: Any, is_ignored: Any) -> Any:
+    return logits.new_empty((), dtype=torch.float32)
+
+
+@functools.cache
+def _compiled_turn() -> Callable[..., torch.Tensor]:
+    import torch._dynamo  # takes seconds, and runs that do not compile do without
+
+    return torch.compile(_turn_by_rows)
+
+
+def _turn_by_rows(
+    logits: torch.Tensor, ids: torch.Tensor, is_ignored: torch.Tensor
+) -> torch.Tensor:
+    """Written for the compiler: nothing between the logits and their gradient is kept."""
+    scores = logits.float()
+    log_sums = scores.logsumexp(dim=1, keepdim=True)
+    losses = (log_sums - scores.gather(1, ids)).masked_fill(is_ignored, 0.0)
+    is_target = torch.arange(logits.shape[1], device=logits.device) == ids
+    logits.copy_((scores - log_sums).exp() - is_target.float())
+    return losses.sum()

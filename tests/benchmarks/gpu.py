@@ -10,15 +10,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from contestants import Setup
+from contestants import Setup, is_installed
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 DEMO = ROOT / "qloop/demo"
+RESULTS = Path(__file__).with_suffix(".json")
+BEGIN, END = "<!-- gpu: begin -->\n", "<!-- gpu: end -->"
+CHOSEN = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "trl")
 SECONDS = 460
 """For all rows together."""
 
@@ -42,32 +48,32 @@ class Row(NamedTuple):
     flags: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        extra = "".join(f", {key} {value}" for key, value in self.flags)
+        extra = "".join(f", {key} {value}" for key, value in self.flags if key != "compile")
         return f"{self.size} {self.method}, {self.batch_size} x {self.length}{extra}"
 
 
-# As a run of real length compiles by itself; qlora's layers do not.
-COMPILED = (("compile", "true"),)
+COMPILED = (("compile", "true"),)  # as a run of real length does by itself
+SMALLER = (*COMPILED, ("gradient_checkpointing", "selective"))
+SMALLEST = (*COMPILED, ("gradient_checkpointing", "full"))
 ROWS = {
     "qloop": [
         Row("1.5B", "full", 8, 2048, flags=COMPILED),
         Row("7B", "lora", 4, 2048, flags=COMPILED),
-        Row("7B", "qlora", 4, 2048),
-        Row("0.5B", "full", 4, 2048, flags=COMPILED),
-        Row("7B", "full", 1, 2048),
+        Row("7B", "qlora", 4, 2048, flags=COMPILED),
+        Row("7B", "full", 1, 2048, flags=COMPILED),
+        Row("7B", "qlora", 1, 2048, flags=SMALLER),
+        Row("0.5B", "full", 4, 2048, flags=SMALLEST),
         Row("1.5B", "full", 4, 4096, flags=COMPILED),
         Row("7B", "lora", 2, 4096, flags=COMPILED),
-        Row("7B", "qlora", 2, 4096),
-        Row("7B", "full", 4, 2048, flags=(("optimizer", "adamw_8bit"),)),
-        Row("7B", "qlora", 1, 2048, flags=(("gradient_checkpointing", "full"),)),
+        Row("7B", "qlora", 2, 4096, flags=COMPILED),
+        Row("7B", "full", 4, 2048, flags=(*COMPILED, ("optimizer", "adamw_8bit"))),
     ],
     "peers": [
-        Row(size, method, batch_size, 2048, contestant)
-        for size, method, best_batch in (("1.5B", "full", 8), ("7B", "lora", 4))
-        for contestant, batch_size in (
-            ("TRL at its best", best_batch),
-            ("TRL as the reference has it", 1),
-        )
+        Row("1.5B", "full", 8, 2048, "TRL at its best"),
+        Row("1.5B", "full", 1, 2048, "TRL as the reference has it"),
+        Row("7B", "lora", 4, 2048, "TRL at its best"),
+        Row("7B", "lora", 1, 2048, "TRL as the reference has it"),
+        Row("7B", "lora", 2, 2048, "TRL at its best"),
     ],
     "tiny": [
         Row("tiny", "full", 2, 128),
@@ -157,11 +163,11 @@ def run(row: Row, folder: Path, corpus: Path, seconds_left: float) -> dict:
         batch_size=row.batch_size,
         length=row.length,
         accumulation=4 if row.contestant != "TRL as the reference has it" else 8,
-        warmup_steps=2,
-        steps=3,
+        warmup_steps=1,
+        steps=2,
         precision="bf16" if torch.cuda.is_available() else "fp32",
         folder=tempfile.mkdtemp(dir=folder),
-        qloop_flags=dict(row.flags),
+        qloop_flags={"cache_dir": str(folder / "cache"), **dict(row.flags)},
     )
     file = Path(setup.folder) / "setup.json"
     file.write_text(json.dumps(setup._asdict()))
@@ -184,44 +190,86 @@ def run(row: Row, folder: Path, corpus: Path, seconds_left: float) -> dict:
 OPENING = ("attention", "loss", "compiled", "memory", "product")
 
 
-def format_rows(rows: list[tuple[Row, dict]]) -> str:
+def format_rows(rows: list[dict]) -> str:
+    ours: dict[tuple, dict] = {}
+    for row in rows:
+        if row["contestant"] == "qloop" and "error" not in row:
+            ours.setdefault(key_of(row), row)
     lines = [
-        "| run | by | targets a second | MFU | peak memory | planned |",
-        "|---|---|---|---|---|---|",
+        "| run | by | targets a second | qloop, times | MFU | peak memory | planned |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for row, found in rows:
-        if "error" in found:
-            lines.append(f"| {row} | {row.contestant} | {found['error']} | | | |")
+    for row in rows:
+        begin = f"| {row['run']} | {row['contestant']} "
+        if "error" in row:
+            lines.append(f"{begin}| {row['error']} | | | | |")
             continue
-        planned, peak = found["planned_bytes"], found["peak_bytes"]
+        mine = ours.get(key_of(row)) if row["contestant"] != "qloop" else None
+        ratio = f"{mine['targets_per_second'] / row['targets_per_second']:.2f}" if mine else ""
+        planned, peak = row["planned_bytes"], row["peak_bytes"]
         shown = f"{planned / 1e9:.1f} GB ({planned / peak - 1:+.0%})" if planned else ""
         lines.append(
-            f"| {row} | {row.contestant} | {found['targets_per_second']:,.0f} "
-            f"| {found['flops_per_second'] / found['matmul_flops']:.0%} | {peak / 1e9:.1f} GB "
+            f"{begin}| {row['targets_per_second']:,.0f} | {ratio} "
+            f"| {row['flops_per_second'] / row['matmul_flops']:.0%} | {peak / 1e9:.1f} GB "
             f"| {shown} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def key_of(row: dict) -> tuple:
+    """What a peer is compared with: the run of that size, method and length as it is meant."""
+    return row["size"], row["method"], row["length"]
+
+
+def format_results(results: dict) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    products = [row["matmul_flops"] for row in results["rows"] if "error" not in row]
+    product = f" A matrix product reaches {max(products) / 1e12:,.0f} TFLOP/s." if products else ""
+    return (
+        f"{results['device']}, {results['date']}, {results['corpus']}; {versions}.{product}\n\n"
+        f"{format_rows(results['rows'])}"
+    )
+
+
+def merge(files: list[Path]) -> dict:
+    """Puts the rows of several results into one; of a row that is there twice, the later."""
+    each = [json.loads(file.read_text()) for file in files]
+    rows = {(row["run"], row["contestant"]): row for some in each for row in some["rows"]}
+    versions = {name: number for some in each for name, number in some["versions"].items()}
+    return {**each[-1], "versions": versions, "rows": list(rows.values())}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("corpus", nargs="?", type=Path, help="of .q files; the demo's, 16 times")
     parser.add_argument("--only", choices=ROWS, default="qloop", help="tiny: to try this script")
+    parser.add_argument("--readme", nargs="+", type=Path, help="results to write into the README")
     options = parser.parse_args()
+    if options.readme:
+        results = merge(options.readme)
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        before, rest = README.read_text().split(BEGIN)
+        README.write_text(f"{before}{BEGIN}{format_results(results)}{END}{rest.split(END)[1]}")
+        return
     started, rows = time.monotonic(), []
     output = Path(os.environ.get("OUT", "."))
+    has_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory(prefix="qloop-gpu-") as folder:
         corpus = options.corpus.resolve() if options.corpus else write_corpus(Path(folder))
         for row in ROWS[options.only]:
             left = SECONDS - (time.monotonic() - started)
             found = run(row, Path(folder), corpus, left)
-            rows.append((row, found))
-            print(f"{row} by {row.contestant}: {json.dumps(found)}", flush=True)
-            (output / "gpu.md").write_text(format_rows(rows))
-            content = [{**row._asdict(), **found} for row, found in rows]
-            (output / "gpu.json").write_text(json.dumps(content, indent=2) + "\n")
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
-    print(f"\n{device}, torch {torch.__version__}\n\n{format_rows(rows)}")
+            rows.append({"run": str(row), **row._asdict(), **found})
+            print(json.dumps(rows[-1]), f"after {time.monotonic() - started:.0f} s", flush=True)
+            results = {
+                "device": torch.cuda.get_device_name(0) if has_gpu else "no GPU",
+                "date": date.today().isoformat(),
+                "corpus": f"documents of {options.corpus.name if options.corpus else 'the demo'}",
+                "versions": {name: version(name) for name in CHOSEN if is_installed(name)},
+                "rows": rows,
+            }
+            (output / f"gpu-{options.only}.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\n{format_results(results)}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 #     bash tests/benchmarks/gpu.sh [CORPUS]                   # qloop, row by row, the most wanted first
 #     bash tests/benchmarks/gpu.sh [CORPUS] --only peers      # TRL beside it, where it is installed
 #
-# The table is printed, and written to $OUT (or the working directory) as gpu.md and gpu.json.
+# The table is printed, and its figures are written to $OUT (or the working directory) as gpu-qloop.json; then
+# python tests/benchmarks/gpu.py --readme gpu-*.json writes the README's table.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export HF_HUB_OFFLINE=1 PYTHONPATH=$PWD PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
