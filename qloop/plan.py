@@ -356,7 +356,8 @@ def _plan(config: Config, target: Target, mode: str, is_compiled: bool | None = 
     largest_unit = max(map(_count_parameters, [*find_layers(model), *_ends(model)]), default=0)
     layers, rows = len(find_layers(model)), batch.batch_size * data.max_seq_length
     _set_attention(model, config, target)
-    keep_activations(model, mode)
+    if not is_compiled or mode == "full":
+        keep_activations(model, mode)
     vocabulary_size = model.config.get_text_config().vocab_size
     kind = choose_kind(
         config.model.loss, target.device.kind, rows * vocabulary_size * 4,
@@ -373,8 +374,8 @@ def _plan(config: Config, target: Target, mode: str, is_compiled: bool | None = 
             data.max_seq_length,
             target.precision,
             accumulates=batch.gradient_accumulation_steps > 1,
-            # What is computed again is the same, compiled or not.
-            is_compiled=is_compiled and mode == "off",
+            # A layer that is computed again as a whole keeps the same, compiled or not.
+            compiled=mode if is_compiled and mode != "full" else None,
         )
     except Exception as error:  # whatever a model's own code makes of tensors without values
         if is_compiled:  # such layers may not compile either

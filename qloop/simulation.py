@@ -10,6 +10,7 @@ Not seen: what kernels use inside, and what an allocator wastes between tensors.
 """
 
 import contextlib
+import operator
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qloop.data.batches import MicroBatch
-from qloop.model.activations import find_layers
+from qloop.model.activations import choose_policy, find_layers
 from qloop.model.attention import DOCUMENTS
 from qloop.model.loss import TargetLoss
 
@@ -77,7 +78,7 @@ def simulate_step(
     length: int,
     precision: str,
     accumulates: bool,
-    is_compiled: bool = False,
+    compiled: str | None = None,
 ) -> dict[str, int]:
     """Runs forward and backward of a micro-batch.
 
@@ -89,16 +90,17 @@ def simulate_step(
         length: Of a block.
         precision: `bf16` or `fp32`.
         accumulates: Whether the gradients of an earlier micro-batch wait meanwhile.
-        is_compiled: Whether the layers are, and keep what their compiler chooses.
+        compiled: `off` or `selective`, where layers that nothing was set of are compiled, and
+            keep what their compiler chooses.
 
     Returns:
         Bytes at the peak, by PARTS; without the optimizer's.
     """
-    as_on_gpu = _dropping_as_on_gpu() if device_type == "cuda" else contextlib.nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu:
+    drop = _drop_by_bytes if device_type == "cuda" else F.dropout
+    with FakeTensorMode(allow_non_fake_inputs=True), _dropping(drop):
         _give_fake_memory(model)
-        if is_compiled:
-            _keep_as_compiled(model)
+        if compiled:
+            _keep_as_compiled(model, compiled)
         micro_batch = _build_fake_batch(model, batch_size, length)
         loss = TargetLoss(model, loss_kind, device_type)
         model.train()
@@ -131,40 +133,53 @@ def simulate_step(
 
 
 @contextlib.contextmanager
-def _dropping_as_on_gpu() -> Iterator[None]:
-    """A GPU keeps a byte for each value that may be dropped; a CPU the factor it multiplied with.
+def _dropping(drop: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Has modules drop by another function.
 
     By its name, since what is computed again in the backward pass has to meet it too.
     """
     functional: Any = F
     plain = functional.dropout
-
-    def dropout(
-        values: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> torch.Tensor:
-        return torch.native_dropout(values, p, True)[0] if training else values
-
-    functional.dropout = dropout
+    functional.dropout = drop
     try:
         yield
     finally:
         functional.dropout = plain
 
 
-def _keep_as_compiled(model: torch.nn.Module) -> None:
+def _drop_by_bytes(
+    values: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
+    """Keeps a byte for each value, as a GPU; a CPU keeps the factor that it multiplied with."""
+    return torch.native_dropout(values, p, True)[0] if training else values
+
+
+def _drop_again(
+    values: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
+    """Keeps nothing: the same random numbers can be drawn again."""
+    return values * (1 - p) if training else values
+
+
+def _keep_as_compiled(model: torch.nn.Module, mode: str) -> None:
     """Has every layer keep what it would keep compiled; layers are alike but for their inputs."""
     graphs: dict[Any, Callable[..., Any]] = {}
     for layer in find_layers(model):
-        setattr(layer, "forward", _like_compiled(layer, graphs))  # noqa: B010
+        setattr(layer, "forward", _like_compiled(layer, graphs, mode))  # noqa: B010
 
 
 def _like_compiled(
-    layer: torch.nn.Module, graphs: dict[Any, Callable[..., Any]]
+    layer: torch.nn.Module, graphs: dict[Any, Callable[..., Any]], mode: str
 ) -> Callable[..., Any]:
     """Gives a layer's forward by the two graphs that `torch.compile` would make of it."""
     from functorch.compile import aot_function, min_cut_rematerialization_partition, nop
 
     plain = layer.forward
+
+    def divide(graph: Any, *args: Any, **kwargs: Any) -> Any:
+        if mode == "selective":
+            _mark(graph)
+        return min_cut_rematerialization_partition(graph, *args, **kwargs)
 
     def forward(hidden: torch.Tensor, **kwargs: Any) -> Any:
         weights = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
@@ -175,20 +190,33 @@ def _like_compiled(
 
         def call(weights: Any, hidden: Any, tensors: Any) -> Any:
             setattr(layer, "forward", plain)  # noqa: B010
+            drop = _drop_again if mode == "selective" else F.dropout
             try:
                 given = {**others, **tensors}
-                return torch.func.functional_call(layer, weights, (hidden,), given)
+                with _dropping(drop):
+                    return torch.func.functional_call(layer, weights, (hidden,), given)
             finally:
                 setattr(layer, "forward", forward)  # noqa: B010
 
         if key not in graphs:
-            graphs[key] = aot_function(
-                call, fw_compiler=nop, bw_compiler=nop,
-                partition_fn=min_cut_rematerialization_partition,
-            )  # fmt: skip
+            graphs[key] = aot_function(call, fw_compiler=nop, bw_compiler=nop, partition_fn=divide)
         return graphs[key](weights, hidden, tensors)
 
     return forward
+
+
+def _mark(graph: Any) -> None:
+    """Marks a layer's forward nodes as `selective` does: what it keeps, and what comes again."""
+    backward = set()
+    for node in graph.graph.nodes:
+        is_given = node.op == "placeholder" and "tangent" in node.name
+        if is_given or any(each in backward for each in node.all_input_nodes):
+            backward.add(node)
+        elif node.op == "call_function":
+            is_part = node.target is operator.getitem  # of several results
+            maker = node.args[0] if is_part else node
+            inputs = [getattr(each, "meta", {}).get("val") for each in maker.args]
+            node.meta["recompute"] = choose_policy(maker.target, inputs)
 
 
 def _sum_at_peak(events: list[tuple[int, int]], part_of: dict[int, str]) -> dict[str, int]:

@@ -2,15 +2,17 @@
 
 from collections import Counter
 
+import bitsandbytes  # noqa: F401  (registers its operators)
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 from workspace import write_model_config
 
 from qloop.config import LoraConfig, ModelConfig
 from qloop.data.batches import MicroBatch
 from qloop.errors import ConfigError
-from qloop.model.activations import find_layers, keep_activations
+from qloop.model.activations import choose_policy, find_layers, keep_activations
 from qloop.model.attention import attention_inputs
 from qloop.model.build import build_model
 from qloop.model.loss import next_token_loss
@@ -101,6 +103,21 @@ def test_selective_multiplies_no_matrix_twice_and_full_all_of_a_layers(tmp_path)
     assert selective == off
     layers, products_of_a_layer = 2, 6  # of 7: the last one's result is asked for by nobody
     assert full == (off[0] + layers * products_of_a_layer, off[1] + layers)
+
+
+def test_selective_computes_an_adapters_wide_product_again_and_keeps_a_layers_own():
+    def is_kept(operator, *shapes) -> bool:
+        inputs = [torch.empty(shape, device="meta") for shape in shapes]
+        return choose_policy(operator, inputs) == CheckpointPolicy.MUST_SAVE
+
+    mm, addmm = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
+    assert is_kept(mm, (5, 512), (512, 2048))
+    assert is_kept(addmm, (2048,), (5, 512), (512, 2048))
+    assert is_kept(mm, (5, 512), (512, 16))
+    assert not is_kept(mm, (5, 16), (16, 512))
+    assert not is_kept(torch.ops.aten.mul.Tensor, (5, 512), (5, 512))
+    assert is_kept(torch.ops.qloop.attend.default)
+    assert is_kept(torch.ops.bitsandbytes.gemm_4bit.default)
 
 
 def test_each_mode_keeps_less_than_the_one_before(tmp_path):

@@ -1,7 +1,7 @@
 """What of a layer's activations is kept for the backward pass: gradient checkpointing, by layer.
 
     off        all that the backward pass asks for
-    selective  what matrix products and attention gave; the cheap rest is computed again
+    selective  what large matrix products and attention gave; the cheap rest is computed again
     full       a layer's input; the whole layer is computed again
 
 With `offload`, the inputs that `full` keeps wait in host memory. The numbers are the same under
@@ -9,10 +9,11 @@ all of them, and the same random numbers are drawn again.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -25,7 +26,7 @@ from qloop.errors import ConfigError
 
 _KEPT = frozenset(
     {
-        *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+        *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "bitsandbytes::gemm_4bit"),
         *("qloop::attend", "torch_attn::_varlen_attn", "aten::_flash_attention_forward"),
         *("aten::_scaled_dot_product_flash_attention", "flash_attn::_flash_attn_varlen_forward"),
         "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -34,6 +35,11 @@ _KEPT = frozenset(
     }
 )
 """Operators whose results `selective` keeps: they are nearly all of a layer's time."""
+
+_THIN = 8
+"""Products whose result is so many times as wide as what they sum over are computed again all the
+same: an adapter's second one, over its rank, costs little beside the layer's own, and to keep it
+would be to keep every layer's result twice."""
 
 
 def find_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -83,5 +89,19 @@ def _recomputing(forward: Callable[..., Any], mode: str, offload: bool) -> Calla
 
 
 def _choose(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    is_kept = operator.name().partition(".")[0] in _KEPT
+    return choose_policy(operator, args)
+
+
+def choose_policy(operator: Any, inputs: Sequence[Any]) -> CheckpointPolicy:
+    """Says what `selective` does with an operator's result.
+
+    Args:
+        operator: Of torch.
+        inputs: What it is called with.
+    """
+    name = str(operator.name()).partition(".")[0] if isinstance(operator, OpOverload) else ""  # type: ignore[no-untyped-call]
+    is_kept = name in _KEPT
+    if name in ("aten::mm", "aten::addmm"):
+        summed, width = inputs[-1].shape
+        is_kept = width <= _THIN * summed
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE

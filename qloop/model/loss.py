@@ -387,6 +387,7 @@ class LinearTargetLoss(torch.autograd.Function):
                 of_hidden[here] = (slopes @ matrix).masked_fill_(is_ignored, 0.0)
             if of_weight is not None:
                 _add_product(of_weight, slopes.T, states)
+            del slopes  # before there are the next
         ctx.gradients = (of_hidden, of_weight, of_bias)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         return total

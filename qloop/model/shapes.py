@@ -78,7 +78,8 @@ class _Unpacked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
         (packed,) = ctx.saved_tensors
-        return gradient @ packed.new_empty(ctx.shape, dtype=ctx.dtype), None, None, None
+        # By another operator than above, or a compiler would unpack once and keep it.
+        return gradient @ packed.new_zeros(ctx.shape, dtype=ctx.dtype), None, None, None
 
 
 def _pack_linear_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
