@@ -243,6 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("corpus", nargs="?", type=Path, help="of .q files; the demo's, 16 times")
     parser.add_argument("--only", choices=ROWS, default="qloop", help="tiny: to try this script")
+    parser.add_argument("--match", default="", help="only runs whose name has this")
     parser.add_argument("--readme", nargs="+", type=Path, help="results to write into the README")
     options = parser.parse_args()
     if options.readme:
@@ -256,7 +257,7 @@ def main() -> None:
     has_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory(prefix="qloop-gpu-") as folder:
         corpus = options.corpus.resolve() if options.corpus else write_corpus(Path(folder))
-        for row in ROWS[options.only]:
+        for row in [row for row in ROWS[options.only] if options.match in str(row)]:
             left = SECONDS - (time.monotonic() - started)
             found = run(row, Path(folder), corpus, left)
             rows.append({"run": str(row), **row._asdict(), **found})

@@ -27,6 +27,7 @@ ENGINES = {
     "ZeRO-2": "deepspeed_zero2.yaml",
     "ZeRO-3": "deepspeed_zero3.yaml",
 }
+METHODS = ("full", "lora")
 HAS_GPU = torch.cuda.is_available()
 
 
@@ -98,18 +99,20 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
     parser.add_argument("--hidden_size", type=int, default=896)
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     arguments.out = (arguments.out or Path(tempfile.mkdtemp())).resolve()
     device = torch.cuda.get_device_name() if HAS_GPU else "no GPU: the CPU stands in"
     print(f"{device} x {arguments.processes}; torch {torch.__version__}")
     build_base(arguments.out / "base", arguments.hidden_size)
-    print("| method | engine | first loss | last loss | from DDP | repeats | targets/s "
+    print("| method | engine | first loss | last loss | from the first row | repeats | targets/s "
           "| peak GiB | a save |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|")
-    for method in ("full", "lora"):
+    for method in arguments.methods:
         first: list[dict] = []
-        for engine in ENGINES:
+        for engine in arguments.engines:
             print(compare(engine, method, arguments, first), flush=True)
 
 
