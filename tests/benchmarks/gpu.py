@@ -66,7 +66,6 @@ ROWS = {
         Row("1.5B", "full", 4, 4096, flags=COMPILED),
         Row("7B", "lora", 2, 4096, flags=COMPILED),
         Row("7B", "qlora", 2, 4096, flags=COMPILED),
-        Row("7B", "full", 4, 2048, flags=(*COMPILED, ("optimizer", "adamw_8bit"))),
     ],
     "peers": [
         Row("1.5B", "full", 8, 2048, "TRL at its best"),
@@ -234,9 +233,10 @@ def format_results(results: dict) -> str:
 def merge(files: list[Path]) -> dict:
     """Puts the rows of several results into one; of a row that is there twice, the later."""
     each = [json.loads(file.read_text()) for file in files]
-    rows = {(row["run"], row["contestant"]): row for some in each for row in some["rows"]}
+    found = {(row["run"], row["contestant"]): row for some in each for row in some["rows"]}
     versions = {name: number for some in each for name, number in some["versions"].items()}
-    return {**each[-1], "versions": versions, "rows": list(rows.values())}
+    order = [(str(row), row.contestant) for rows in ROWS.values() for row in rows]
+    return {**each[-1], "versions": versions, "rows": [found[key] for key in order if key in found]}
 
 
 def main() -> None:
