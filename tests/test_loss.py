@@ -18,11 +18,13 @@ from qloop.model.build import build_model
 from qloop.model.compilation import count_compilations
 from qloop.model.loss import (
     TargetLoss,
+    _turn_into_slopes,
     choose_kind,
     choose_loss,
     compute_logits,
     next_token_loss,
     predict,
+    turn_into_slopes,
 )
 
 
@@ -354,6 +356,17 @@ def test_a_gpu_fuses_what_is_large_unless_nothing_may_be_compiled():
     assert choose_kind("auto", "cuda", large, may_compile=False) == "chunked"
     assert choose_kind("auto", "cuda", small) == "logits"
     assert choose_kind("auto", "cpu", large) == "chunked"
+
+
+def test_the_loss_of_a_target_that_is_all_but_impossible_is_exact():
+    """Its share of 1e-400 is none in any type; its loss is e^0 against e^-921."""
+    logits = torch.tensor([[0.0, -921.0, -1.0]])
+    ids, is_ignored = torch.tensor([[1]]), torch.tensor([[False]])
+    expected = 921.0 + math.log1p(math.exp(-1.0))
+    for turn in (_turn_into_slopes, turn_into_slopes):
+        slopes, loss_sum = turn(logits.clone(), ids, is_ignored)
+        assert loss_sum.item() == pytest.approx(expected, rel=1e-6)
+        assert slopes.sum().item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_where_there_is_no_compiler_the_next_kind_is_taken(tmp_path, monkeypatch):
