@@ -263,7 +263,8 @@ def explain_out_of_memory(plan: Plan, step: int, measured_bytes: int) -> MemoryF
     return MemoryFullError(
         f"step {step}: out of memory: {show_bytes(measured_bytes)} were in use, "
         f"{show_bytes(plan.peak_bytes)} planned at the peak ({_name_parts(plan)}) of "
-        f"{show_bytes(plan.target.device.memory_bytes)}; the newest checkpoint is whole; "
+        f"{show_bytes(plan.target.device.memory_bytes)}; "
+        + ("the newest checkpoint is whole; " if step > 1 else "")
         + ("\n".join(["less is needed with one of:", *lines]) if lines else "use a smaller model")
         + (f"\n{allowing}" if step > 1 and "--batch_size" in "".join(lines) else "")
     )
@@ -355,6 +356,7 @@ def _plan(config: Config, target: Target, mode: str, is_compiled: bool | None = 
         model = model.to(torch.bfloat16)  # what layers are given; the masters lie elsewhere
     largest_unit = max(map(_count_parameters, [*find_layers(model), *_ends(model)]), default=0)
     layers, rows = len(find_layers(model)), batch.batch_size * data.max_seq_length
+    is_compiled = is_compiled and layers > 0
     _set_attention(model, config, target)
     if not is_compiled or mode == "full":
         keep_activations(model, mode)

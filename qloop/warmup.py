@@ -88,7 +88,7 @@ def compile_and_warm_up(
         uncompile_layers(engine.plain)
         if is_wanted:
             raise
-        return f"compiled   nothing: {error}"
+        return f"compiled   nothing: {error}; layers keep more than is planned"
     finally:
         engine.optimizer.zero_grad()
         engine.model.train(was_training)

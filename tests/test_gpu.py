@@ -152,7 +152,7 @@ def test_every_optimizer_goes_on_to_the_same_last_bit(workspace, optimizer):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_reads_one_value_and_waits_once(workspace, method, tmp_path):
+def test_a_step_reads_values_in_one_place(workspace, method, tmp_path):
     config = workspace.make_config(**workspace.method_keys(method))
     reset_accelerate()
     said: list[str] = []

@@ -8,6 +8,7 @@ import pytest
 import torch
 from workspace import Workspace, reset_accelerate
 
+import qloop.simulation
 from qloop.engines.engine import Engine
 from qloop.errors import ConfigError, MemoryFullError, PlanError
 from qloop.plan import (
@@ -62,6 +63,27 @@ def test_auto_computes_again_only_as_much_as_it_must(workspace):
         room = Target(Device("NVIDIA H100", "cuda", int((peak + 1e9) / 0.9) + 9), "bf16")
         assert make_plan(config, room).activations == mode
     assert make_plan(config, gpu(0)).activations == "full"
+
+
+def test_a_long_run_on_a_gpu_is_planned_compiled_and_keeps_less(workspace):
+    config = make_config(workspace, gradient_checkpointing="off", max_steps=500)
+    compiled = make_plan(config, gpu(LARGE))
+    plain = make_plan(config, gpu(LARGE, micro_batches=10))  # no more are left to make
+    assert (compiled.is_compiled, plain.is_compiled) == (True, False)
+    assert compiled.parts["activations"] < 0.95 * plain.parts["activations"]
+    forbidden = make_config(workspace, gradient_checkpointing="off", compile="false", max_steps=500)
+    assert not make_plan(forbidden, gpu(LARGE)).is_compiled
+    assert not make_plan(config, gpu(LARGE, engine="zero2", num_processes=2)).is_compiled
+
+
+def test_layers_that_no_compiler_takes_are_planned_as_they_are(workspace, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("data-dependent control flow")
+
+    config = make_config(workspace, gradient_checkpointing="off", max_steps=500)
+    plain = make_plan(config, gpu(LARGE, micro_batches=10))
+    monkeypatch.setattr(qloop.simulation, "_like_compiled", fail)
+    assert make_plan(config, gpu(LARGE)).parts == plain.parts
 
 
 def test_the_largest_batch_fits_and_one_block_more_does_not(workspace):
