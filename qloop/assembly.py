@@ -157,8 +157,8 @@ def _assemble(
     )
     model = on_all(accelerator, build)
     meter = build_meter(index, model, precision, memory_before, accelerator)
-    micro_batches_left = (last_step - progress.step) * step.accumulation
-    target = describe_target(accelerator, precision, micro_batches_left)
+    micro_batches = last_step * step.accumulation
+    target = describe_target(accelerator, precision, micro_batches)
     plan, plan_line = plan_run(config, target)
     activations = choose_activations(config, accelerator, plan)
     keep_activations(model, activations, config.model.offload_activations)
@@ -201,7 +201,8 @@ def _assemble(
     )  # fmt: skip
     why = f" ({loss.reason})" if loss.reason else ""
     speed_lines = [f"loss       {loss.kind}{why}; gradient checkpointing {activations}"]
-    if micro_batches_left and compiles(config.model, accelerator, engine, micro_batches_left):
+    is_over = progress.step == last_step
+    if not is_over and compiles(config.model, accelerator, engine, micro_batches):
         micro_batch = reader.read(progress.blocks_seen).micro_batches[0]
         is_wanted = config.model.compile is True
         speed_lines.append(compile_and_warm_up(engine, accelerator, loss, micro_batch, is_wanted))
@@ -280,7 +281,7 @@ def _load_data(
 
 
 def describe_target(accelerator: Accelerator, precision: str, micro_batches: int) -> Target:
-    """Describes the devices of this run to the plan, and what is left to do on them."""
+    """Describes the devices of this run to the plan, and how much they do."""
     engine = describe_engine(accelerator).lower().replace("-", "") or "ddp"
     return Target(find_device(), precision, engine, accelerator.num_processes, micro_batches)
 

@@ -88,7 +88,7 @@ class ModelConfig(Section):
     gradient_checkpointing: Literal["auto", "full", "selective", "off"] | bool = Field(
         "auto",
         description="computed again in the backward pass: full: whole layers, a third slower; "
-        "selective: all but matrix products; off: nothing; auto: what the memory asks for",
+        "selective: all but large matrix products; off: nothing; auto: what the memory asks for",
     )
     offload_activations: bool = Field(
         False, description="with gradient_checkpointing full: layers' inputs wait in host memory"
@@ -96,7 +96,7 @@ class ModelConfig(Section):
     compile: Literal["auto"] | bool = Field(
         "auto",
         description="compile the decoder layers before the first step; auto: on a GPU, for runs of "
-        "more than a few steps",
+        "200 micro-batches and more; false: the fused loss of a GPU is not compiled either",
     )
     trust_remote_code: bool = Field(
         False, description="run Python code that the model's repository brings along"

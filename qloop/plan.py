@@ -71,7 +71,7 @@ class Target:
     """One of ENGINES; without meaning for a single process."""
     num_processes: int = 1
     micro_batches: int | None = None
-    """That a run there still has to make, on each; None: as its config says."""
+    """Of the whole run, on each; None: as its config says."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def explain_out_of_memory(plan: Plan, step: int, measured_bytes: int) -> MemoryF
         f"step {step}: out of memory: {show_bytes(measured_bytes)} were in use, "
         f"{show_bytes(plan.peak_bytes)} planned at the peak ({_name_parts(plan)}) of "
         f"{show_bytes(plan.target.device.memory_bytes)}; "
-        + ("the newest checkpoint is whole; " if step > 1 else "")
+        + ("saved checkpoints are whole; " if step > 1 else "")
         + ("\n".join(["less is needed with one of:", *lines]) if lines else "use a smaller model")
         + (f"\n{allowing}" if step > 1 and "--batch_size" in "".join(lines) else "")
     )

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from qloop.data.batches import MicroBatch
 from qloop.model.activations import choose_policy, find_layers
@@ -151,14 +151,14 @@ def _drop_by_bytes(
     values: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> torch.Tensor:
     """Keeps a byte for each value, as a GPU; a CPU keeps the factor that it multiplied with."""
-    return torch.native_dropout(values, p, True)[0] if training else values
+    return torch.native_dropout(values, p, True)[0] if training and p else values
 
 
 def _drop_again(
     values: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> torch.Tensor:
     """Keeps nothing: the same random numbers can be drawn again."""
-    return values * (1 - p) if training else values
+    return values * (1 - p) if training and p else values
 
 
 def _keep_as_compiled(model: torch.nn.Module, mode: str) -> None:
@@ -181,26 +181,27 @@ def _like_compiled(
             _mark(graph)
         return min_cut_rematerialization_partition(graph, *args, **kwargs)
 
-    def forward(hidden: torch.Tensor, **kwargs: Any) -> Any:
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         weights = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-        tensors = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor | tuple)}
-        others = {k: v for k, v in kwargs.items() if k not in tensors}
-        alike = tuple((name, w.shape, w.requires_grad) for name, w in weights.items())
+        leaves, structure = tree_flatten((args, kwargs))
+        places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        alike = tuple((name, w.shape, w.dtype, w.requires_grad) for name, w in weights.items())
         key = (alike, hidden.requires_grad, getattr(layer, "attention_type", None))
 
         def call(weights: Any, hidden: Any, tensors: Any) -> Any:
+            for place, tensor in zip(places, tensors, strict=True):
+                leaves[place] = tensor
+            given, named = tree_unflatten(leaves, structure)
             setattr(layer, "forward", plain)  # noqa: B010
-            drop = _drop_again if mode == "selective" else F.dropout
             try:
-                given = {**others, **tensors}
-                with _dropping(drop):
-                    return torch.func.functional_call(layer, weights, (hidden,), given)
+                with _dropping(_drop_again if mode == "selective" else F.dropout):
+                    return torch.func.functional_call(layer, weights, (hidden, *given), named)
             finally:
                 setattr(layer, "forward", forward)  # noqa: B010
 
         if key not in graphs:
             graphs[key] = aot_function(call, fw_compiler=nop, bw_compiler=nop, partition_fn=divide)
-        return graphs[key](weights, hidden, tensors)
+        return graphs[key](weights, hidden, [leaves[place] for place in places])
 
     return forward
 

@@ -26,7 +26,7 @@ from qloop.seeds import seed_forward_pass
 
 
 def compiles(
-    config: ModelConfig, accelerator: Accelerator, engine: Engine, micro_batches_left: int
+    config: ModelConfig, accelerator: Accelerator, engine: Engine, micro_batches: int
 ) -> bool:
     """Says whether this run compiles its layers.
 
@@ -40,7 +40,7 @@ def compiles(
         reason = f"{type(engine.plain).__name__} does not say what its layers are"
     if config.compile is True and reason:
         raise ConfigError(f"compile: {reason}; use auto or false")
-    return reason is None and is_worthwhile(config, accelerator.device.type, micro_batches_left)
+    return reason is None and is_worthwhile(config, accelerator.device.type, micro_batches)
 
 
 def compile_and_warm_up(
@@ -88,7 +88,7 @@ def compile_and_warm_up(
         uncompile_layers(engine.plain)
         if is_wanted:
             raise
-        return f"compiled   nothing: {error}; layers keep more than is planned"
+        return f"compiled   nothing: {error}; layers may keep more than is planned"
     finally:
         engine.optimizer.zero_grad()
         engine.model.train(was_training)

@@ -17,7 +17,13 @@ from qloop.data.batches import IGNORED, MicroBatch
 from qloop.model.attention import DOCUMENTS, attend_to_documents
 from qloop.model.build import build_model
 from qloop.model.compilation import count_compilations
-from qloop.model.loss import LinearTargetLoss, TargetLoss, _count_rows, turn_into_slopes
+from qloop.model.loss import (
+    CHUNK_ELEMENTS,
+    LinearTargetLoss,
+    TargetLoss,
+    _count_rows,
+    turn_into_slopes,
+)
 from qloop.profiling import profile
 from qloop.report.metrics import read_records
 from qloop.stops import StopRequest
@@ -74,7 +80,8 @@ def test_attention_is_the_block_diagonal_reference(layout, num_heads, key_heads,
 
 @pytest.mark.parametrize("kind", ["logits", "chunked", "fused", "torch", "liger"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_loss_is_that_of_all_logits_in_fp32(tmp_path, kind, tied):
+def test_the_loss_is_that_of_all_logits_in_fp32(tmp_path, kind, tied, monkeypatch):
+    monkeypatch.setitem(CHUNK_ELEMENTS, "fused", 2**22)  # 4 chunks
     if kind == "torch" and not hasattr(F, "linear_cross_entropy"):
         pytest.skip("torch has none before 2.13")
     if kind == "liger":

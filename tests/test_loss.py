@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from workspace import write_model_config
 
@@ -18,6 +19,7 @@ from qloop.model.build import build_model
 from qloop.model.compilation import count_compilations
 from qloop.model.loss import (
     TargetLoss,
+    _divide,
     _turn_into_slopes,
     choose_kind,
     choose_loss,
@@ -382,6 +384,7 @@ def test_where_there_is_no_compiler_the_next_kind_is_taken(tmp_path, monkeypatch
 
 
 def test_a_last_chunk_of_another_size_compiles_nothing_anew(tmp_path):
+    torch._dynamo.reset()
     model = build(tmp_path)
     loss = TargetLoss(model, "fused")
     loss.compile(torch.float32)
@@ -389,6 +392,32 @@ def test_a_last_chunk_of_another_size_compiles_nothing_anew(tmp_path):
     for rows in (6, 5, 7):
         loss.sum(model, draw_micro_batch(rows, vocabulary_size=1000)).backward()
     assert count_compilations() == before
+
+
+def test_no_chunk_is_much_smaller_than_the_others():
+    """Of one row, which a kernel for many would be compiled anew for."""
+    sizes = {total: _divide(total, 5461) for total in (16_384, 5461, 5462, 1)}
+    assert sizes == {16_384: 4096, 5461: 5461, 5462: 2731, 1: 1}
+
+
+def test_only_a_plain_head_is_fused(tmp_path):
+    cpu = torch.device("cpu")
+    model = build(tmp_path, **HEADS["LoRA"])
+    with pytest.raises(ConfigError, match=r"fused does not fit.*no plain linear layer"):
+        choose_loss(model, "fused", cpu, 1024, "fp32")
+
+
+@pytest.mark.parametrize("kind", ["chunked", "fused"])
+def test_a_bias_has_its_gradient_summed_in_float32_in_bf16_too(tmp_path, kind, monkeypatch):
+    monkeypatch.setitem(qloop.model.loss.CHUNK_ELEMENTS, "cpu", 64 * 1024)  # 4 chunks
+    model = build(tmp_path, **HEADS["with a bias"])
+    micro_batch = draw_micro_batch(vocabulary_size=1000)
+    wanted = gradients_of(model, next_token_loss(model, micro_batch))["lm_head.bias"]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = TargetLoss(model, kind).sum(model, micro_batch)
+    got = gradients_of(model, loss)["lm_head.bias"]
+    assert got.dtype == torch.float32
+    assert (got - wanted).norm() < 0.02 * wanted.norm()
 
 
 LARGE = """

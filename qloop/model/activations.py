@@ -102,6 +102,6 @@ def choose_policy(operator: Any, inputs: Sequence[Any]) -> CheckpointPolicy:
     name = str(operator.name()).partition(".")[0] if isinstance(operator, OpOverload) else ""  # type: ignore[no-untyped-call]
     is_kept = name in _KEPT
     if name in ("aten::mm", "aten::addmm"):
-        summed, width = inputs[-1].shape
+        summed, width = inputs[1 if name == "aten::mm" else 2].shape
         is_kept = width <= _THIN * summed
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -24,7 +24,7 @@ def is_worthwhile(config: ModelConfig, device_type: str, micro_batches: int) -> 
     Args:
         config: Whether it is asked for, and what stands against it.
         device_type: Where it computes.
-        micro_batches: That it still has to make.
+        micro_batches: Of the whole run, so that what goes on computes as what was stopped.
     """
     if config.compile != "auto":
         return bool(config.compile)

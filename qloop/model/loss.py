@@ -17,6 +17,7 @@ together with the gradients, so that no row's logits are kept or computed twice.
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from qloop.model.attention import attention_inputs
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26, "fused": 2**28}
 """Logits at a time: on a CPU what its cache nearly holds, on a GPU what keeps it busy; four times
-as many where they are never in fp32, since each chunk reads and writes the weight's gradient."""
+as many where there is one copy of them, since each chunk reads and writes the weight's gradient."""
 
 SMALL_LOGITS_BYTES = 2**28
 """Below this a GPU is faster with all logits at once."""
@@ -95,7 +96,7 @@ class TargetLoss:
         if self._head is None:
             return _sum_of_logits(_run(model, self._plain, micro_batch), micro_batch.labels)
         head_forward, labels = self._head.forward, micro_batch.labels.flatten()
-        if type(self._head).forward is torch.nn.Linear.forward:  # and neither 4 bits nor adapters
+        if _is_plain(self._head):
             num_rows = self._num_rows(is_fused=self.kind == "fused")
             at_head = functools.partial(_sum_of_linear, self.kind, self._head, labels, num_rows)
         else:
@@ -107,7 +108,8 @@ class TargetLoss:
         rows, device = self._num_rows(is_fused=True), self._plain.device
         logits = torch.zeros(rows, self._vocabulary_size, dtype=dtype, device=device)
         ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-        turn_into_slopes(logits, ids, ids == IGNORED)
+        with torch.no_grad():  # as within the loss: else it would be made once more there
+            turn_into_slopes(logits, ids, ids == IGNORED)
 
     def predict(self, model: torch.nn.Module, micro_batch: MicroBatch) -> Prediction:
         """Sums loss and right answers over a micro-batch's targets, in float64; no gradients."""
@@ -184,8 +186,11 @@ def _why_not(model: Any, kind: str, device: torch.device, precision: str) -> str
     """Says why a kind does not do for a model; None if it does."""
     if kind == "logits":
         return None
-    if not isinstance(model.get_output_embeddings(), torch.nn.Module):
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Module):
         return "it does not say which layer is its head"
+    if kind == "fused" and not _is_plain(head):
+        return "its head is no plain linear layer"
     ids = torch.arange(24)[None] % model.config.get_text_config().vocab_size
     row = MicroBatch(ids, ids.roll(-1), torch.arange(24)[None]).to(device)
     reference, candidate = TargetLoss(model, "logits"), TargetLoss(model, kind)
@@ -228,6 +233,11 @@ def choose_kind(wanted: str, device_type: str, logits_bytes: int, may_compile: b
     if logits_bytes < SMALL_LOGITS_BYTES:
         return "logits"
     return "fused" if may_compile and device_type == "cuda" else "chunked"
+
+
+def _is_plain(head: torch.nn.Module) -> bool:
+    """Whether a head is a linear layer with neither 4 bits nor adapters."""
+    return type(head).forward is torch.nn.Linear.forward
 
 
 def _run(model: torch.nn.Module, plain: Any, micro_batch: MicroBatch) -> torch.Tensor:
@@ -292,7 +302,9 @@ def _sum_of_linear(
     dtype = torch.get_autocast_dtype(device) if uses_autocast else head.weight.dtype
     with torch.autocast(device, enabled=False):
         if kind in ("chunked", "fused"):
-            turn = turn_into_slopes if kind == "fused" else _turn_into_slopes
+            turn = _turn_into_slopes
+            if kind == "fused":  # in chunks of one size: a single last row would compile anew
+                turn, num_rows = turn_into_slopes, _divide(len(hidden), num_rows)
             loss_sum: torch.Tensor = LinearTargetLoss.apply(  # type: ignore[no-untyped-call]
                 hidden, head.weight, head.bias, labels, num_rows, dtype, turn
             )
@@ -330,6 +342,17 @@ def _count_rows(vocabulary_size: int, device: str, is_fused: bool = False) -> in
     """Says for how many tokens logits are computed at a time."""
     place = "fused" if is_fused and device != "cpu" else device
     return max(64, CHUNK_ELEMENTS.get(place, CHUNK_ELEMENTS["cuda"]) // vocabulary_size)
+
+
+def _divide(total: int, limit: int) -> int:
+    """Gives the size of parts that are alike but for some rows, none above a limit.
+
+    >>> _divide(10, 4)  # 4, 4 and 2
+    4
+    >>> _divide(9, 4)  # 3, 3 and 3
+    3
+    """
+    return math.ceil(total / math.ceil(total / limit))
 
 
 class LinearTargetLoss(torch.autograd.Function):
@@ -381,7 +404,7 @@ class LinearTargetLoss(torch.autograd.Function):
             # Rows without a target are taken out where they are short.
             states = states.masked_fill(is_ignored, 0.0)
             if of_bias is not None:
-                of_bias += (~is_ignored).to(slopes.dtype).T[0] @ slopes
+                of_bias += (~is_ignored).float().T[0] @ slopes.float()
             slopes = slopes.to(dtype)
             if of_hidden is not None:
                 of_hidden[here] = (slopes @ matrix).masked_fill_(is_ignored, 0.0)
@@ -408,7 +431,7 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     """Adds a matrix product to a sum in float32; a GPU's product is rounded to no other type."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    elif left.device.type == "cuda":
+    elif left.device.type == "cuda" and torch.version.hip is None:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
         total += left @ right

@@ -24,7 +24,7 @@ README = ROOT / "README.md"
 DEMO = ROOT / "qloop/demo"
 RESULTS = Path(__file__).with_suffix(".json")
 BEGIN, END = "<!-- gpu: begin -->\n", "<!-- gpu: end -->"
-CHOSEN = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "trl")
+CHOSEN = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "trl", "liger_kernel")
 SECONDS = 460
 """For all rows together."""
 
