@@ -45,8 +45,8 @@ def at_step(function: Callable, change: Callable, micro_batches: int = 4) -> Cal
 def change_losses(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     choose_loss = qloop.assembly.choose_loss
 
-    def choose_spoilt(*values):
-        loss = choose_loss(*values)
+    def choose_spoilt(*values, **keys):
+        loss = choose_loss(*values, **keys)
         loss.sum = at_step(loss.sum, change)
         return loss
 
