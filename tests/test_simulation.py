@@ -99,8 +99,10 @@ def test_in_bf16_too(tmp_path):
     assert sum(parts.values()) - parts["parameters"] == pytest.approx(real, rel=0.1)
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-@pytest.mark.parametrize("mode", ["off", "selective"])
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [("full", "off"), ("lora", "off"), ("lora", "selective"), ("qlora", "selective")],
+)
 def test_compiled_layers_keep_what_their_compiler_chooses(tmp_path, method, mode):
     """Which is less than they keep uncompiled."""
     config = model_config(tmp_path, method, num_hidden_layers=8)
