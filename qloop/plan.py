@@ -46,8 +46,6 @@ DEVICES = {
 }
 """Names as torch has them, and bytes as sold."""
 
-_DEFAULT_STEPS = 1000
-
 METHODS = ("full", "lora", "qlora")
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 
@@ -298,7 +296,9 @@ def format_plans(plans: list[Plan], flops: float | None) -> str:
         "a checkpoint": [show_bytes(plan.checkpoint_bytes) for plan in plans],
         "disk for the run": [show_bytes(count_disk_bytes(plan)) for plan in plans],
         "a step": [_show_seconds(estimate_seconds(plan, flops)) for plan in plans],
-        "the run": [_show_seconds(estimate_seconds(plan, flops), _steps(plan)) for plan in plans],
+        "the run": [
+            _show_seconds(estimate_seconds(plan, flops), _steps(plan.config)) for plan in plans
+        ],
     }
     return "\n".join(
         f"{title:<20}" + "".join(f"{cell:>18}" for cell in row) for title, row in rows.items()
@@ -310,8 +310,10 @@ def count_disk_bytes(plan: Plan) -> int:
     settings = plan.config.checkpoint
     kept = settings.keep_checkpoints + int(settings.keep_best)
     if settings.keep_every:
-        kept += _steps(plan) // settings.keep_every
-    return plan.checkpoint_bytes * min(math.ceil(_steps(plan) / settings.save_steps), kept + 1)
+        kept += _steps(plan.config) // settings.keep_every
+    return plan.checkpoint_bytes * min(
+        math.ceil(_steps(plan.config) / settings.save_steps), kept + 1
+    )
 
 
 def find_flops(target: Target, flops_use: float) -> float | None:
@@ -335,10 +337,9 @@ def estimate_seconds(plan: Plan, flops: float | None) -> float | None:
 def _is_compiled(config: Config, target: Target) -> bool:
     if target.engine in ("zero2", "zero3"):
         return False
-    accumulation = config.batch.gradient_accumulation_steps
     micro_batches = target.micro_batches
     if micro_batches is None:
-        micro_batches = (config.schedule.max_steps or _DEFAULT_STEPS) * accumulation
+        micro_batches = _steps(config) * config.batch.gradient_accumulation_steps
     return is_worthwhile(config.model, target.device.kind, micro_batches)
 
 
@@ -358,7 +359,9 @@ def _plan(config: Config, target: Target, mode: str, is_compiled: bool | None = 
     layers, rows = len(find_layers(model)), batch.batch_size * data.max_seq_length
     is_compiled = is_compiled and layers > 0
     _set_attention(model, config, target)
-    if not is_compiled or mode == "full":
+    # A layer that is computed again as a whole keeps the same, compiled or not.
+    compiled = mode if is_compiled and mode != "full" else None
+    if compiled is None:
         keep_activations(model, mode)
     vocabulary_size = model.config.get_text_config().vocab_size
     kind = choose_kind(
@@ -376,8 +379,7 @@ def _plan(config: Config, target: Target, mode: str, is_compiled: bool | None = 
             data.max_seq_length,
             target.precision,
             accumulates=batch.gradient_accumulation_steps > 1,
-            # A layer that is computed again as a whole keeps the same, compiled or not.
-            compiled=mode if is_compiled and mode != "full" else None,
+            compiled=compiled,
         )
     except Exception as error:  # whatever a model's own code makes of tensors without values
         if is_compiled:  # such layers may not compile either
@@ -499,8 +501,8 @@ def _name_parts(plan: Plan) -> str:
     return ", ".join(f"{name} {show_bytes(size)}" for name, size in plan.parts.items() if size)
 
 
-def _steps(plan: Plan) -> int:
-    return plan.config.schedule.max_steps or _DEFAULT_STEPS
+def _steps(config: Config) -> int:
+    return config.schedule.max_steps or 1000
 
 
 def _show_seconds(seconds: float | None, times: int = 1) -> str:

@@ -16,7 +16,6 @@ from qloop.config import LoraConfig, ModelConfig
 from qloop.data.batches import IGNORED, MicroBatch
 from qloop.model.attention import DOCUMENTS, attend_to_documents
 from qloop.model.build import build_model
-from qloop.model.compilation import count_compilations
 from qloop.model.loss import (
     CHUNK_ELEMENTS,
     LinearTargetLoss,
@@ -25,9 +24,6 @@ from qloop.model.loss import (
     turn_into_slopes,
 )
 from qloop.profiling import profile
-from qloop.report.metrics import read_records
-from qloop.stops import StopRequest
-from qloop.train import run_steps, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,13 +36,6 @@ METHODS = ("full", "lora", "qlora")
 @pytest.fixture
 def workspace(tmp_path, corpus_dir, tokenizer_dir) -> Workspace:
     return Workspace(tmp_path, corpus_dir, tokenizer_dir)
-
-
-def curve(workspace, name: str, **keys) -> list[float]:
-    reset_accelerate()
-    train(workspace.make_config(experiment_name=name, **keys), [])
-    file = workspace.folder / "output" / name / "logs/metrics.jsonl"
-    return [record["loss"] for record in read_records(file)]
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -112,11 +101,11 @@ def test_the_loss_is_that_of_all_logits_in_fp32(tmp_path, kind, tied, monkeypatc
 @pytest.mark.parametrize("method", METHODS)
 def test_recomputing_changes_nothing_but_memory(workspace, method):
     keys = {**workspace.method_keys(method), "max_steps": 4}
-    plain = curve(workspace, "plain", gradient_checkpointing="off", **keys)
+    plain = workspace.losses("plain", gradient_checkpointing="off", **keys)
     for mode, offload in (("selective", "false"), ("full", "false"), ("full", "true")):
         name = f"{mode}-{offload}"
         keys.update(gradient_checkpointing=mode, offload_activations=offload)
-        assert curve(workspace, name, **keys) == pytest.approx(plain, rel=2e-3)
+        assert workspace.losses(name, **keys) == pytest.approx(plain, rel=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -133,18 +122,9 @@ def test_a_compiled_run_has_the_same_losses_and_compiles_once(workspace, method,
         # Compiled code draws other random numbers.
         **({} if method == "full" else {"lora_dropout": 0.0}),
     }
-    plain = curve(workspace, "plain", **keys)
-    reset_accelerate()
+    plain = workspace.losses("plain", **keys)
     torch._dynamo.reset()
-    wanted = {**keys, "compile": "true", "experiment_name": "compiled"}
-    parts = assemble(workspace.make_config(**wanted), [])
-    before = count_compilations()
-    assert before > 0
-    with StopRequest() as stop:
-        run_steps(parts, stop)
-    parts.close()
-    assert count_compilations() == before
-    compiled = [record["loss"] for record in read_records(parts.run.metrics)]
+    compiled = workspace.losses_compiled_once("compiled", **keys)
     assert compiled == pytest.approx(plain, rel=1e-2)
 
 
@@ -153,9 +133,9 @@ def test_a_compiled_run_has_the_same_losses_and_compiles_once(workspace, method,
 )
 def test_every_optimizer_goes_on_to_the_same_last_bit(workspace, optimizer):
     keys = {"optimizer": optimizer, "deterministic": "true", "max_steps": 6}
-    whole = curve(workspace, "whole", **keys)
+    whole = workspace.losses("whole", **keys)
     shutil.rmtree(workspace.folder / "output/whole/checkpoints/checkpoint-6")
-    assert curve(workspace, "whole", **keys) == whole
+    assert workspace.losses("whole", **keys) == whole
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -174,7 +154,7 @@ def test_the_model_attends_by_documents_and_learns(workspace):
     parts = assemble(workspace.make_config(), [])
     assert parts.engine.plain.config._attn_implementation == DOCUMENTS
     parts.close()
-    losses = curve(workspace, "learns", max_steps=20, warmup_steps=2)
+    losses = workspace.losses("learns", max_steps=20, warmup_steps=2)
     assert losses[-1] < 0.8 * losses[0]
 
 

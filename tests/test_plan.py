@@ -68,7 +68,7 @@ def test_auto_computes_again_only_as_much_as_it_must(workspace):
 def test_a_long_run_on_a_gpu_is_planned_compiled_and_keeps_less(workspace):
     config = make_config(workspace, gradient_checkpointing="off", max_steps=500)
     compiled = make_plan(config, gpu(LARGE))
-    plain = make_plan(config, gpu(LARGE, micro_batches=10))  # no more are left to make
+    plain = make_plan(config, gpu(LARGE, micro_batches=10))  # a run of no more
     assert (compiled.is_compiled, plain.is_compiled) == (True, False)
     assert compiled.parts["activations"] < 0.95 * plain.parts["activations"]
     forbidden = make_config(workspace, gradient_checkpointing="off", compile="false", max_steps=500)

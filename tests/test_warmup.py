@@ -14,9 +14,6 @@ from qloop.config import ModelConfig
 from qloop.errors import ConfigError
 from qloop.model.activations import find_layers
 from qloop.model.compilation import compile_layers, count_compilations
-from qloop.report.metrics import read_records
-from qloop.stops import StopRequest
-from qloop.train import run_steps, train
 from qloop.warmup import compiles
 
 
@@ -32,14 +29,6 @@ def _fresh():
     torch._dynamo.reset()
 
 
-def losses(workspace, name: str, **keys) -> list[float]:
-    reset_accelerate()
-    config = workspace.make_config(experiment_name=name, **keys)
-    train(config, [])
-    folder = workspace.folder / "output" / name / "logs"
-    return [record["loss"] for record in read_records(folder / "metrics.jsonl")]
-
-
 @pytest.mark.parametrize(
     ("method", "mode"), [("full", "off"), ("full", "selective"), ("full", "full"), ("lora", "off")]
 )
@@ -50,28 +39,23 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(workspace, monkeypatch
     keys = {**workspace.method_keys(method), "gradient_checkpointing": mode, "max_steps": 4}
     if method == "lora":
         keys["lora_dropout"] = 0.0  # compiled code draws other random numbers
-    plain = losses(workspace, "plain", **keys)
+    plain = workspace.losses("plain", **keys)
     before = count_compilations()
-    compiled = losses(workspace, "compiled", compile="true", **keys)
+    compiled = workspace.losses("compiled", compile="true", **keys)
     assert count_compilations() > before
     assert compiled == pytest.approx(plain, rel=1e-5)
 
 
 def test_nothing_is_compiled_after_the_first_step_has_begun(workspace):
     """Twelve steps, each with other documents, three evaluations among them."""
+    keys = {"max_steps": 12, "gradient_accumulation_steps": 1, "eval_steps": 4, "num_samples": 1}
+    compiled = workspace.losses_compiled_once("compiled", **keys)
+    assert compiled == pytest.approx(workspace.losses("plain", **keys))
     reset_accelerate()
-    keys = {"compile": "true", "max_steps": 12, "gradient_accumulation_steps": 1}
-    parts = assemble(workspace.make_config(eval_steps=4, num_samples=1, **keys), [])
+    parts = assemble(workspace.make_config(experiment_name="plain", **keys), [])
     steps = [parts.reader.read(2 * step).micro_batches[0] for step in range(12)]
-    assert len({len(micro_batch.boundaries) for micro_batch in steps}) > 1
-    before = count_compilations()
-    assert before > 0
-    with StopRequest() as stop:
-        run_steps(parts, stop)
     parts.close()
-    assert count_compilations() == before
-    compiled = [record["loss"] for record in read_records(parts.run.metrics)]
-    assert compiled == pytest.approx(losses(workspace, "plain", **{**keys, "compile": "false"}))
+    assert len({len(micro_batch.boundaries) for micro_batch in steps}) > 1
 
 
 def test_where_nothing_can_be_compiled_auto_goes_on_and_true_ends(workspace, monkeypatch):
@@ -82,14 +66,14 @@ def test_where_nothing_can_be_compiled_auto_goes_on_and_true_ends(workspace, mon
         for layer in find_layers(model):
             layer._compiled_call_impl = fail
 
-    plain = losses(workspace, "plain", max_steps=3)
+    plain = workspace.losses("plain", max_steps=3)
     monkeypatch.setattr(qloop.warmup, "compile_layers", break_layers)
     monkeypatch.setattr(qloop.assembly, "compiles", lambda *_: True)
-    assert losses(workspace, "broken", max_steps=3) == plain
+    assert workspace.losses("broken", max_steps=3) == plain
     log = (workspace.folder / "output/broken/logs/training_log.txt").read_text()
     assert "compiled   nothing: compile: the layers cannot be compiled: no working C++" in log
     with pytest.raises(ConfigError, match=r"cannot be compiled: no working C\+\+ compiler$"):
-        losses(workspace, "wanted", max_steps=3, compile="true")
+        workspace.losses("wanted", max_steps=3, compile="true")
 
 
 class OnGpu:

@@ -123,6 +123,34 @@ class Workspace:
         """Builds the config of such a run."""
         return load_config(None, self.flags(**keys)).config
 
+    def losses(self, name: str, **keys: Any) -> list[float]:
+        """Runs to the end; gives the loss of every step."""
+        from qloop.report.metrics import read_records
+        from qloop.train import train
+
+        reset_accelerate()
+        train(self.make_config(experiment_name=name, **keys), [])
+        records = read_records(self.folder / "output" / name / "logs/metrics.jsonl")
+        return [record["loss"] for record in records]
+
+    def losses_compiled_once(self, name: str, **keys: Any) -> list[float]:
+        """Runs compiled, and makes sure that no step compiles anything; gives their losses."""
+        from qloop.assembly import assemble
+        from qloop.model.compilation import count_compilations
+        from qloop.report.metrics import read_records
+        from qloop.stops import StopRequest
+        from qloop.train import run_steps
+
+        reset_accelerate()
+        parts = assemble(self.make_config(experiment_name=name, compile="true", **keys), [])
+        before = count_compilations()
+        assert before > 0
+        with StopRequest() as stop:
+            run_steps(parts, stop)
+        parts.close()
+        assert count_compilations() == before
+        return [record["loss"] for record in read_records(parts.run.metrics)]
+
     def method_keys(self, method: str) -> dict[str, Any]:
         """Gives the keys that a method needs; adapters get a base, trained on first use."""
         if method == "full":
