@@ -16,13 +16,8 @@ from qloop.config import LoraConfig, ModelConfig
 from qloop.data.batches import IGNORED, MicroBatch
 from qloop.model.attention import DOCUMENTS, attend_to_documents
 from qloop.model.build import build_model
-from qloop.model.loss import (
-    CHUNK_ELEMENTS,
-    LinearTargetLoss,
-    TargetLoss,
-    _count_rows,
-    turn_into_slopes,
-)
+from qloop.model.linear_loss import LinearTargetLoss, fused_slopes
+from qloop.model.loss import CHUNK_ELEMENTS, TargetLoss, _count_rows
 from qloop.profiling import profile
 
 pytestmark = [
@@ -165,7 +160,7 @@ def test_a_vocabulary_of_152_thousand_at_8_thousand_tokens_takes_less_than_a_gig
     weight = torch.randn(152_064, 896, device=GPU, requires_grad=trained)
     labels = torch.randint(152_064, (8192,), device=GPU)
     rows = _count_rows(152_064, "cuda", is_fused=True)
-    types = (torch.bfloat16, turn_into_slopes)
+    types = (torch.bfloat16, fused_slopes)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     LinearTargetLoss.apply(hidden, weight, None, labels, rows, *types).backward()

@@ -11,22 +11,22 @@ import torch._dynamo
 import torch.nn.functional as F
 from workspace import write_model_config
 
+import qloop.model.linear_loss
 import qloop.model.loss
 from qloop.config import LoraConfig, ModelConfig
 from qloop.data.batches import IGNORED, MicroBatch
 from qloop.errors import ConfigError
 from qloop.model.build import build_model
 from qloop.model.compilation import count_compilations
+from qloop.model.linear_loss import fused_slopes, softmax_slopes
 from qloop.model.loss import (
     TargetLoss,
     _divide,
-    _turn_into_slopes,
     choose_kind,
     choose_loss,
     compute_logits,
     next_token_loss,
     predict,
-    turn_into_slopes,
 )
 
 
@@ -365,7 +365,7 @@ def test_the_loss_of_a_target_that_is_all_but_impossible_is_exact():
     logits = torch.tensor([[0.0, -921.0, -1.0]])
     ids, is_ignored = torch.tensor([[1]]), torch.tensor([[False]])
     expected = 921.0 + math.log1p(math.exp(-1.0))
-    for turn in (_turn_into_slopes, turn_into_slopes):
+    for turn in (softmax_slopes, fused_slopes):
         slopes, loss_sum = turn(logits.clone(), ids, is_ignored)
         assert loss_sum.item() == pytest.approx(expected, rel=1e-6)
         assert slopes.sum().item() == pytest.approx(0.0, abs=1e-6)
@@ -376,7 +376,7 @@ def test_where_there_is_no_compiler_the_next_kind_is_taken(tmp_path, monkeypatch
         raise RuntimeError("Cannot find a working triton installation")
 
     model, cpu = build(tmp_path), torch.device("cpu")
-    monkeypatch.setattr(qloop.model.loss, "_compiled_turn", lambda: fail)
+    monkeypatch.setattr(qloop.model.linear_loss, "_compiled_turn", lambda: fail)
     monkeypatch.setattr(qloop.model.loss, "choose_kind", lambda *_, **__: "fused")  # as on a GPU
     chosen = choose_loss(model, "auto", cpu, 1024, "fp32")
     assert chosen.kind == "chunked"
@@ -422,14 +422,15 @@ def test_a_bias_has_its_gradient_summed_in_float32_in_bf16_too(tmp_path, kind, m
 
 LARGE = """
 import resource, torch
-from qloop.model.loss import LinearTargetLoss, _count_rows, _turn_into_slopes
+from qloop.model.linear_loss import LinearTargetLoss, softmax_slopes
+from qloop.model.loss import _count_rows
 torch.manual_seed(0)
 hidden = torch.randn(8192, 16, requires_grad=True)
 weight = torch.randn(152_064, 16, requires_grad=True)
 labels = torch.randint(152_064, (8192,))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 rows = _count_rows(152_064, "cuda")
-loss = LinearTargetLoss.apply(hidden, weight, None, labels, rows, torch.float32, _turn_into_slopes)
+loss = LinearTargetLoss.apply(hidden, weight, None, labels, rows, torch.float32, softmax_slopes)
 loss.backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
