@@ -23,7 +23,7 @@ class TrainCommand(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Adds a flag per key; only when this command is the one that runs."""
-        from qloop.config import iterate_keys
+        from qloop.config.keys import iterate_keys
 
         params = super().get_params(ctx)
         known = {param.name for param in params}
@@ -33,7 +33,7 @@ class TrainCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the flags under their sections."""
-        from qloop.config import KEYS, Config
+        from qloop.config.keys import KEYS, Config
 
         rows: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
@@ -111,7 +111,7 @@ def profile(
     """
     config, notes = _prepare_run(ctx, config_file, flags)
 
-    from qloop.profiling import profile as profile_steps
+    from qloop.debug.profiling import profile as profile_steps
     from qloop.report.console import quieten_libraries
 
     quieten_libraries()
@@ -159,7 +159,7 @@ def plan(
     """
     config, _ = _prepare_run(ctx, config_file, flags)
 
-    from qloop.plan import find_target, show_plans
+    from qloop.planning.plan import find_target, show_plans
     from qloop.report.console import quieten_libraries
 
     quieten_libraries()
@@ -183,7 +183,7 @@ def export(checkpoint: Path, destination: Path, dtype: str, base: str | None) ->
 
     CHECKPOINT is a checkpoint's folder, or a run's: then its newest good one.
     """
-    from qloop.export import export as export_model
+    from qloop.checkpoint.export import export as export_model
     from qloop.report.console import quieten_libraries
 
     quieten_libraries()
@@ -264,7 +264,7 @@ def _prepare_run(
     ctx: click.Context, config_file: Path | None, flags: dict[str, str | None]
 ) -> tuple[Any, list[str]]:
     """Gives the config that was typed, and what to tell of it, before torch is imported."""
-    from qloop.config_file import describe_unused, load_config
+    from qloop.config.loading import describe_unused, load_config
 
     _stop_with_launcher()
     unknown = {text.lstrip("-").split("=")[0]: "" for text in ctx.args if text.startswith("-")}

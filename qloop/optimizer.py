@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from qloop.config import OptimizerConfig
+from qloop.config.keys import OptimizerConfig
 from qloop.errors import ConfigError
 from qloop.model.activations import find_layers
 

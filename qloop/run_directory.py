@@ -14,10 +14,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qloop.checkpoint.filesystem import FileSystem
-from qloop.config import Config, find_changes
-from qloop.config_file import dump_yaml, load_config
+from qloop.config.keys import Config, find_changes
+from qloop.config.loading import dump_yaml, load_config
 from qloop.errors import ConfigError
+from qloop.storage.filesystem import FileSystem
 
 # What a run may leave that ends before its config.yaml has its name.
 _BEFORE_CONFIG = {".lock", ".config.yaml.tmp"}

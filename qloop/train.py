@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from qloop.assembly import Assembly, assemble
 from qloop.checkpoint.store import show_bytes
-from qloop.config import Config
+from qloop.config.keys import Config
+from qloop.distributed.stops import StopRequest
 from qloop.errors import DivergenceError, StoppedError
-from qloop.evaluate import evaluate, sample_completions
-from qloop.plan import explain_out_of_memory
+from qloop.evaluation.held_out import evaluate, sample_completions
+from qloop.planning.plan import explain_out_of_memory
 from qloop.report.metrics import build_step_record
+from qloop.run import Assembly, assemble
 from qloop.schedule import learning_rate_at
 from qloop.seeds import seed_at, seed_forward_pass
-from qloop.stops import StopRequest
 
 
 def train(config: Config, notes: list[str]) -> None:

@@ -9,9 +9,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from qloop.config import ModelConfig
+from qloop.config.keys import ModelConfig
 from qloop.data.batches import MicroBatch
-from qloop.engines.engine import Engine
+from qloop.distributed.engine import Engine
+from qloop.distributed.ranks import on_all
 from qloop.errors import ConfigError
 from qloop.model.activations import find_layers
 from qloop.model.compilation import (
@@ -21,7 +22,6 @@ from qloop.model.compilation import (
     uncompile_layers,
 )
 from qloop.model.loss import TargetLoss
-from qloop.ranks import on_all
 from qloop.seeds import seed_forward_pass
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from workspace import Workspace, reset_accelerate, write_corpus, write_tokenizer
 
-from qloop.config import Config
+from qloop.config.keys import Config
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -10,8 +10,8 @@ from workspace import write_model_config
 
 from qloop import __version__
 from qloop.cli import cli, main, train
-from qloop.config import KEYS, iterate_keys
-from qloop.config_file import load_config
+from qloop.config.keys import KEYS, iterate_keys
+from qloop.config.loading import load_config
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from workspace import ARCHITECTURES, write_model_config
 
-from qloop.config import LoraConfig, ModelConfig, OptimizerConfig
+from qloop.config.keys import LoraConfig, ModelConfig, OptimizerConfig
 from qloop.errors import ConfigError
 from qloop.model.build import build_model
 from qloop.optimizer import (

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from qloop.config import Config
-from qloop.config_file import load_config
+from qloop.config.keys import Config
+from qloop.config.loading import load_config
 from qloop.errors import ConfigError
 from qloop.run_directory import RunDirectory, locate_run, write_atomically, write_json
 

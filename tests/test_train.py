@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 from workspace import write_model_config
 
-from qloop.assembly import assemble
-from qloop.config import Config
-from qloop.config_file import dump_yaml, load_config
+from qloop.config.keys import Config
+from qloop.config.loading import dump_yaml, load_config
+from qloop.distributed.stops import StopRequest
 from qloop.errors import ConfigError, DivergenceError, StoppedError
-from qloop.stops import StopRequest
+from qloop.run import assemble
 from qloop.train import run_steps, train
 
 COMPARED = ("step", "loss", "grad_norm", "learning_rate", "target_tokens", "tokens_seen")
@@ -246,7 +246,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_moments_as_they_were(make_
 
 
 def test_a_save_that_is_under_way_ends_before_an_error_ends_the_run(make_config, monkeypatch):
-    from qloop.checkpoint.filesystem import FileSystem
+    from qloop.storage.filesystem import FileSystem
 
     config = make_config(save_steps=3, eval_steps=0)
     sync, release = FileSystem.sync, threading.Event()

@@ -6,8 +6,8 @@ from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from qloop.config import Config
-from qloop.config_file import load_config
+from qloop.config.keys import Config
+from qloop.config.loading import load_config
 from qloop.data.tokens import Corpus, Encoder, Source, build_corpus, open_corpus
 
 # Architectures that must work, as keys of a config.json beside the sizes below.
@@ -135,10 +135,10 @@ class Workspace:
 
     def losses_compiled_once(self, name: str, **keys: Any) -> list[float]:
         """Runs compiled, and makes sure that no step compiles anything; gives their losses."""
-        from qloop.assembly import assemble
+        from qloop.distributed.stops import StopRequest
         from qloop.model.compilation import count_compilations
         from qloop.report.metrics import read_records
-        from qloop.stops import StopRequest
+        from qloop.run import assemble
         from qloop.train import run_steps
 
         reset_accelerate()

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from qloop.checkpoint.filesystem import FileSystem
 from qloop.checkpoint.store import (
     CheckpointStore,
     DamagedError,
@@ -13,6 +12,7 @@ from qloop.checkpoint.store import (
     show_bytes,
 )
 from qloop.errors import CheckpointError
+from qloop.storage.filesystem import FileSystem
 
 
 class Listed(NamedTuple):

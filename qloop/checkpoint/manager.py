@@ -35,19 +35,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from qloop.checkpoint.reading import MOMENTS, PROGRESS, Origins
+from qloop.checkpoint.saved import MOMENTS, PROGRESS, Origins
 from qloop.checkpoint.shares import Share, share_of
 from qloop.checkpoint.store import CheckpointStore, File, Kept, show_bytes
-from qloop.checkpoint.tensors import (
+from qloop.config.keys import CheckpointConfig
+from qloop.distributed.engine import Engine
+from qloop.errors import CheckpointError, LockedError
+from qloop.steps import Progress
+from qloop.storage.tensors import (
     INDEX,
     HostCopies,
     encode_tensors,
     gather_mine,
 )
-from qloop.config import CheckpointConfig
-from qloop.engines.engine import Engine
-from qloop.errors import CheckpointError, LockedError
-from qloop.progress import Progress
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ nobody how many ranks there were.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from qloop.checkpoint.tensors import Kind, Piece, align, deal_out, index_of, name_parts
+from qloop.storage.tensors import Kind, Piece, align, deal_out, index_of, name_parts
 
 
 class Share(NamedTuple):

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qloop.checkpoint.filesystem import FileSystem
+from qloop.storage.filesystem import FileSystem
 
 FORMAT = 1
 MANIFEST = "manifest.json"

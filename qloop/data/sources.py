@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from qloop.config import DataConfig
+from qloop.config.keys import DataConfig
 from qloop.data.documents import hash_files, iterate_documents, iterate_rows, list_source_files
 from qloop.data.tokens import Source
 from qloop.errors import DataError, join_names

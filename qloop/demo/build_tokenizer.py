@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from qloop.config_file import load_config
+from qloop.config.loading import load_config
 from qloop.data.documents import Document, iterate_documents, list_source_files
 from qloop.data.tokens import is_held_out
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qloop.checkpoint.tensors import SavedTensors, kind_of
-from qloop.config import LoraConfig, ModelConfig
+from qloop.config.keys import LoraConfig, ModelConfig
 from qloop.errors import ConfigError, join_names
-from qloop.model.saving import collect_weights
+from qloop.model.state import collect_weights
+from qloop.storage.tensors import SavedTensors, kind_of
 
 ADAPTER_METHODS = ("lora", "qlora")
 

@@ -13,12 +13,12 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from qloop.checkpoint.tensors import SavedTensors, kind_of
-from qloop.config import LoraConfig, ModelConfig
+from qloop.config.keys import LoraConfig, ModelConfig
 from qloop.errors import CheckpointError, ConfigError
 from qloop.model.adapters import ADAPTER_METHODS, add_adapters, load_adapters
-from qloop.model.description import LOADING_ERRORS, cannot_load, load_model_config
-from qloop.model.saving import collect_weights
+from qloop.model.pretrained import LOADING_ERRORS, cannot_load, load_model_config
+from qloop.model.state import collect_weights
+from qloop.storage.tensors import SavedTensors, kind_of
 
 
 def choose_precision(precision: str, device: torch.device) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qloop.config import ModelConfig
+from qloop.config.keys import ModelConfig
 from qloop.model.activations import find_layers
 
 WORTHWHILE_MICRO_BATCHES = 200

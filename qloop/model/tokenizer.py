@@ -6,10 +6,10 @@ import json
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qloop.config import ModelConfig
+from qloop.config.keys import ModelConfig
 from qloop.data.tokens import Encoder
 from qloop.errors import ConfigError
-from qloop.model.description import LOADING_ERRORS, cannot_load
+from qloop.model.pretrained import LOADING_ERRORS, cannot_load
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

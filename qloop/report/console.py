@@ -10,7 +10,7 @@ from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.text import Text
 
-from qloop.report.lines import LineFile
+from qloop.report.files import LineFile
 from qloop.report.metrics import StepRecord
 
 

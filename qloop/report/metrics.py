@@ -12,10 +12,10 @@ import psutil
 import torch
 
 from qloop.data.packing import BlockIndex, Integers
-from qloop.flops import ModelFlops
-from qloop.progress import Progress
-from qloop.report.lines import LineFile
+from qloop.model.flops import ModelFlops
+from qloop.report.files import LineFile
 from qloop.run_directory import write_atomically, write_json
+from qloop.steps import Progress
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class StepRecord:
     padding_share: float
     """Of the step's positions; 0 to 1."""
     flops_per_second: float | None
-    """Model FLOPs of all ranks over the step's seconds, see qloop.flops; none if not countable."""
+    """Model FLOPs of all ranks over the step's seconds, see model.flops; none if not countable."""
     mfu: float | None
     """Those as a share of what the devices reach in a plain matrix product; 0 to 1."""
     memory_bytes: int

@@ -5,9 +5,9 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from qloop.config import Config
+from qloop.config.keys import Config
 from qloop.errors import CheckpointError
-from qloop.evaluate import Evaluation, Sample
+from qloop.evaluation.held_out import Evaluation, Sample
 from qloop.report.console import Console
 from qloop.report.metrics import EvalResultsFile, MetricsFile, StepRecord, read_records
 from qloop.report.plot import plot_losses

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qloop.config import ReportConfig
+from qloop.config.keys import ReportConfig
 from qloop.errors import ConfigError
 
 Say = Callable[[str], None]

@@ -57,7 +57,7 @@ class Record(NamedTuple):
     seconds: float
     targets: int
     flops: float
-    """Of the model, for documents of the lengths that were trained on; see qloop.flops."""
+    """Of the model, for documents of the lengths that were trained on; see qloop.model.flops."""
     peak_bytes: int
     """So far."""
 
@@ -69,9 +69,9 @@ def wait(setup: Setup) -> None:
 
 
 def build_flops(setup: Setup):
-    from qloop.config import LoraConfig, ModelConfig
-    from qloop.flops import build_model_flops
-    from qloop.model.shapes import build_shapes
+    from qloop.config.keys import LoraConfig, ModelConfig
+    from qloop.model.flops import build_model_flops
+    from qloop.planning.meta_model import build_shapes
 
     config = ModelConfig(model_name=setup.model, training_method=setup.method)
     return build_model_flops(build_shapes(config, LoraConfig(), setup.precision))
@@ -228,10 +228,10 @@ def count_trl(inputs) -> tuple[int, list[int]]:
 
 def run_qloop(setup: Setup, **keys: str) -> list[Record]:
     """The real command's own parts, with its defaults, but for what is saved at the end."""
-    from qloop.assembly import assemble
-    from qloop.config_file import load_config
+    from qloop.config.loading import load_config
+    from qloop.distributed.stops import StopRequest
     from qloop.report.metrics import read_records
-    from qloop.stops import StopRequest
+    from qloop.run import assemble
     from qloop.train import run_steps
 
     name = "model_name" if has_weights(setup) else "model_config_file"
@@ -286,7 +286,7 @@ CONTESTANTS = {
 
 
 def main() -> None:
-    from qloop.flops import measure_matmul_flops
+    from qloop.model.flops import measure_matmul_flops
 
     name, file = sys.argv[1:]
     setup = Setup(**json.loads(Path(file).read_text()))

@@ -85,8 +85,8 @@ ROWS = {
 
 def write_base(folder: Path, size: str) -> Path:
     """Writes random weights in bf16, some gigabytes a file; each is a repeated random row."""
-    from qloop.config import ModelConfig
-    from qloop.model.shapes import build_shapes
+    from qloop.config.keys import ModelConfig
+    from qloop.planning.meta_model import build_shapes
 
     base = folder / size
     if base.exists():
@@ -108,7 +108,7 @@ def write_base(folder: Path, size: str) -> Path:
         "dtype": "bfloat16",
     }
     (base / "config.json").write_text(json.dumps(config))
-    from qloop.config import LoraConfig
+    from qloop.config.keys import LoraConfig
 
     shapes = build_shapes(ModelConfig(model_name=str(base)), LoraConfig(), "bf16")
     values = torch.randn(2**22, generator=torch.Generator().manual_seed(0)) * 0.02

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from qloop.checkpoint import store
-from qloop.checkpoint.filesystem import FileSystem
 from qloop.checkpoint.manager import CheckpointManager
-from qloop.config_file import load_config
+from qloop.config.loading import load_config
 from qloop.report.console import quieten_libraries
+from qloop.storage.filesystem import FileSystem
 from qloop.train import train
 
 ROOT = Path(__file__).parents[2]

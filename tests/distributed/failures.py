@@ -10,8 +10,8 @@ import psutil
 from launching import Outcome, Run, Setting
 from workspace import Workspace
 
-from qloop.checkpoint.filesystem import FileSystem
 from qloop.checkpoint.store import CheckpointStore
+from qloop.storage.filesystem import FileSystem
 
 STEPS = 40
 SECONDS_TO_LEAVE = 30

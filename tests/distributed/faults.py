@@ -17,11 +17,11 @@ if "true" in (os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEE
 
 import torch
 
-import qloop.assembly
+import qloop.distributed.peers
 import qloop.model.build
-import qloop.peers
+import qloop.run
 import qloop.train
-from qloop.checkpoint.filesystem import FileSystem
+from qloop.storage.filesystem import FileSystem
 
 RANK = int(os.environ["RANK"])
 FAULTY = 1
@@ -43,14 +43,14 @@ def at_step(function: Callable, change: Callable, micro_batches: int = 4) -> Cal
 
 
 def change_losses(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    choose_loss = qloop.assembly.choose_loss
+    choose_loss = qloop.run.choose_loss
 
     def choose_spoilt(*values, **keys):
         loss = choose_loss(*values, **keys)
         loss.sum = at_step(loss.sum, change)
         return loss
 
-    qloop.assembly.choose_loss = choose_spoilt
+    qloop.run.choose_loss = choose_spoilt
 
 
 def nan_loss() -> None:
@@ -110,7 +110,7 @@ def waits_for_ever() -> None:
 
 def lost_machine() -> None:
     """Every rank has a machine to itself, and the dead one leaves nobody there to tell."""
-    qloop.peers.name_machine = lambda: f"machine-{RANK}"
+    qloop.distributed.peers.name_machine = lambda: f"machine-{RANK}"
     waits_for_ever()
 
 

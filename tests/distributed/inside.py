@@ -12,8 +12,8 @@ import on_cpu  # noqa: F401  (changes what accelerate takes the machine for)
 import torch
 from torch.distributed.tensor import DTensor
 
-from qloop.config_file import load_config
-from qloop.engines.build import build_accelerator, build_engine, reads_weights
+from qloop.config.loading import load_config
+from qloop.distributed.accelerator import build_accelerator, build_engine, reads_weights
 from qloop.model.build import build_model, choose_precision
 
 

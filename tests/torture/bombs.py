@@ -14,9 +14,9 @@ from corruption import NEWEST, Runs
 from rows import Row
 from workspace import Workspace, reset_accelerate
 
-from qloop.assembly import assemble
-from qloop.config import Config
+from qloop.config.keys import Config
 from qloop.errors import QloopError
+from qloop.run import assemble
 
 # Names that some library loads as a pickle.
 PICKLED = (

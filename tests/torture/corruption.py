@@ -24,11 +24,11 @@ from rows import Row
 from safetensors.torch import load_file
 from workspace import Workspace, reset_accelerate
 
-from qloop.checkpoint.filesystem import FileSystem
+from qloop.checkpoint.resume import choose_checkpoint
 from qloop.checkpoint.store import CheckpointStore
-from qloop.config import Config
+from qloop.config.keys import Config
 from qloop.errors import QloopError
-from qloop.resume import choose_checkpoint
+from qloop.storage.filesystem import FileSystem
 from qloop.train import train
 
 PROMISE = "none accepted wrong, the older one used, the damaged one kept aside"

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from qloop.checkpoint.filesystem import FileSystem
+from qloop.storage.filesystem import FileSystem
 
 TAKES_SPACE = ("make_folder", "create", "append")
 

@@ -15,7 +15,7 @@ from kills import find_harm, finish, folder_of, fork, read_run
 from rows import Row
 from workspace import Workspace, reset_accelerate
 
-from qloop.config import Config
+from qloop.config.keys import Config
 from qloop.errors import QloopError
 from qloop.report.metrics import StepRecord
 from qloop.report.reporter import Reporter

@@ -23,12 +23,12 @@ from typing import Any
 from rows import Row
 from workspace import Workspace, reset_accelerate
 
-import qloop.assembly
+import qloop.run
 import qloop.train
-from qloop.checkpoint.filesystem import FileSystem
 from qloop.checkpoint.store import CheckpointStore, DamagedError
-from qloop.config import Config
+from qloop.config.keys import Config
 from qloop.errors import QloopError
+from qloop.storage.filesystem import FileSystem
 
 STEPS = 24
 KEPT = ("step", "loss", "grad_norm", "learning_rate", "target_tokens", "tokens_seen")
@@ -122,8 +122,8 @@ def train(config: Config, shared: Shared, deadly_call: int | None = None) -> Non
     """What a child does."""
     DeadlyDisk.shared, DeadlyDisk.deadly_call = shared, deadly_call
     shared.calls, shared.saving = 0, False
-    qloop.assembly.FileSystem = DeadlyDisk  # type: ignore[misc, attr-defined]
-    qloop.assembly.CheckpointStore = WatchedStore  # type: ignore[misc, attr-defined]
+    qloop.run.FileSystem = DeadlyDisk  # type: ignore[misc, attr-defined]
+    qloop.run.CheckpointStore = WatchedStore  # type: ignore[misc, attr-defined]
     qloop.train.train(config, [])
 
 

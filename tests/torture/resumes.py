@@ -9,7 +9,7 @@ from kills import folder_of, read_run
 from rows import Row
 from workspace import Workspace, reset_accelerate
 
-from qloop.config import Config
+from qloop.config.keys import Config
 from qloop.train import train
 
 

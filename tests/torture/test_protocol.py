@@ -9,7 +9,7 @@ import pytest
 from disk import SimulatedDisk
 from rows import Row
 
-from qloop.checkpoint.filesystem import FileSystem
+from qloop.storage.filesystem import FileSystem
 
 CALLS = (
     *("make_folder", "create", "append", "sync", "sync_folder", "rename", "delete_file"),

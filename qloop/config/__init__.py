@@ -1,0 +1,1 @@
+"""The config: its keys, and how a file and flags become one."""

@@ -1,0 +1,1 @@
+"""Several processes: the launcher's engine, what ranks do together, signals and peers."""

@@ -1,0 +1,259 @@
+"""What a run goes on from, and what it refuses to go on from."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from qloop.checkpoint.resume import Step, divide_step
+from qloop.checkpoint.saved import Checkpoint, Origins, read_checkpoint, restore
+from qloop.config.keys import Config
+from qloop.config.loading import load_config
+from qloop.data.batches import block_ids_at
+from qloop.errors import CheckpointError, ConfigError
+from qloop.run import assemble
+from qloop.steps import Progress
+from qloop.train import train
+
+
+@pytest.fixture
+def config(make_config) -> Config:
+    """Of a finished run with checkpoints of steps 3 and 6."""
+    config = make_config()
+    train(config, [])
+    return config
+
+
+def checkpoints_of(config: Config) -> Path:
+    return config.run.output_dir / str(config.run.experiment_name) / "checkpoints"
+
+
+def steps_of(config: Config) -> list[int]:
+    file = checkpoints_of(config).parent / "logs/metrics.jsonl"
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()]
+
+
+def damage(path: Path) -> None:
+    weights = path / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-7] ^= 1
+    weights.write_bytes(content)
+
+
+def test_a_damaged_newest_is_moved_aside_and_the_one_before_is_used(config, capsys):
+    folder = checkpoints_of(config)
+    original = (folder / "checkpoint-6/model.safetensors").read_bytes()
+    damage(folder / "checkpoint-6")
+    capsys.readouterr()
+    train(config, [])
+    told = capsys.readouterr().out
+    assert "checkpoint-6: damaged: model.safetensors is not as it was written" in told
+    assert "going on from" in told
+    assert (folder / "damaged-checkpoint-6").is_dir()
+    assert (folder / "checkpoint-6/model.safetensors").read_bytes() == original, "step 3 goes on"
+    assert steps_of(config) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_with_nothing_but_damage_does_not_start_afresh_unless_told_to(config, make_config):
+    folder = checkpoints_of(config)
+    for step in (3, 6):
+        damage(folder / f"checkpoint-{step}")
+    with pytest.raises(CheckpointError, match="--resume restart") as error:
+        train(config, [])
+    assert str(error.value).count("damaged: model.safetensors is not as it was written") == 2
+    with pytest.raises(CheckpointError, match="--resume restart"):  # only what was moved is left
+        train(config, [])
+    train(make_config(resume="restart"), [])
+    assert steps_of(config) == [1, 2, 3, 4, 5, 6]
+    assert {path.name for path in folder.iterdir()} == {
+        *("checkpoint-3", "checkpoint-6", "damaged-checkpoint-3", "damaged-checkpoint-6"),
+    }
+
+
+def test_restart_never_overwrites_good_checkpoints(config, make_config):
+    with pytest.raises(ConfigError, match="restart is for runs whose checkpoints are all damaged"):
+        train(make_config(resume="restart"), [])
+
+
+def test_a_named_checkpoint_that_is_damaged_is_an_error_and_stays_where_it_is(config, make_config):
+    path = checkpoints_of(config) / "checkpoint-6"
+    damage(path)
+    branch = make_config(resume=path, experiment_name="branch")
+    with pytest.raises(CheckpointError, match=r"not a good checkpoint: model\.safetensors is"):
+        train(branch, [])
+    assert path.is_dir()
+    assert not checkpoints_of(branch).exists()
+
+
+def test_a_named_checkpoint_that_is_missing_is_an_error(config, make_config):
+    with pytest.raises(CheckpointError, match="not a good checkpoint: COMMIT is missing"):
+        train(make_config(resume=checkpoints_of(config) / "checkpoint-5"), [])
+
+
+def test_another_runs_checkpoint_under_a_fitting_name_is_refused(config, make_config):
+    other = make_config(experiment_name="other", seed=7)
+    train(other, [])
+    folder = checkpoints_of(config)
+    shutil.rmtree(folder / "checkpoint-6")
+    shutil.copytree(checkpoints_of(other) / "checkpoint-6", folder / "checkpoint-6")
+    with pytest.raises(ConfigError, match="seed: 7 -> 42"):
+        train(config, [])
+
+
+def test_what_a_run_is_made_of_may_change_where_it_is_allowed(config, make_config, corpus_dir):
+    corpus = config.run.output_dir.parent / "corpus"
+    shutil.copytree(corpus_dir, corpus)
+    (corpus / "module_00.q").write_text("x:1+1 / another text altogether\n" * 9)
+    changed = {"train_file": corpus, "max_steps": 8}
+    with pytest.raises(ConfigError, match="--allow_change train_file"):
+        train(make_config(**changed), [])
+    with pytest.raises(ConfigError, match="--allow_change corpus"):
+        train(make_config(**changed, allow_change="train_file"), [])
+    train(make_config(**changed, allow_change="train_file,corpus"), [])
+    assert steps_of(config) == list(range(1, 9))
+    train(make_config(train_file=corpus, max_steps=9), [])  # now it is this run's
+
+
+def test_another_optimizer_is_refused_and_where_it_is_allowed_its_moments_start_anew(
+    config, make_config, capsys
+):
+    changed = {"optimizer": "muon", "max_steps": 8}
+    with pytest.raises(ConfigError, match=r"optimizer: .?adamw.? -> .?muon") as error:
+        train(make_config(**changed), [])
+    assert "--allow_change optimizer" in str(error.value)
+    train(make_config(**changed, allow_change="optimizer"), [])
+    assert (
+        "optimizer  adamw -> muon: its moments start anew, as at step 1" in capsys.readouterr().out
+    )
+    assert steps_of(config) == list(range(1, 9))
+    moments = load_file(checkpoints_of(config) / "checkpoint-8/optimizer.safetensors")
+    assert moments["model.norm.weight/step"] == 2
+    train(make_config(optimizer="muon", max_steps=9), [])  # now it is this run's
+    assert "start anew" not in capsys.readouterr().out
+
+
+def test_moments_that_are_merely_paged_go_on(config, make_config):
+    checkpoint = read_checkpoint(checkpoints_of(config) / "checkpoint-6")
+    parts = assemble(make_config(experiment_name="other"), [])
+    checkpoint.origins.config["optimizer"]["optimizer"] = "paged_adamw"
+    assert restore(parts.engine, checkpoint, "adamw") == ""
+    parts.close()
+    saved = load_file(checkpoint.path / "optimizer.safetensors")
+    pieces = parts.engine.collect_moments()
+    assert pieces.keys() == saved.keys()
+    assert all(torch.equal(piece.gather(), saved[name]) for name, piece in pieces.items())
+
+
+def test_another_step_size_goes_on_with_the_next_block(make_config):
+    """3 steps of 4 blocks, then 2 of 6: the blocks are those of 6 steps of 4."""
+    keys = {"save_steps": 3, "eval_steps": 0, "learning_rate": "1e-2"}
+    train(make_config(**keys, max_steps=3), [])
+    larger = {**keys, "batch_size": 3, "max_steps": 5}
+    with pytest.raises(ConfigError, match="batch_size: 2 -> 3"):
+        train(make_config(**larger), [])
+    with pytest.raises(ConfigError, match="do not divide by batch_size 3 x 1 "):
+        train(make_config(**larger, allow_change="batch_size"), [])
+    config = make_config(**larger, allow_change="batch_size,step_blocks")
+    train(config, [])
+    whole = make_config(**keys, max_steps=6, experiment_name="whole")
+    train(whole, [])
+    assert read_totals(config)[-1] == read_totals(whole)[-1]
+
+
+def read_totals(config: Config) -> list[tuple[int, int]]:
+    file = checkpoints_of(config).parent / "logs/metrics.jsonl"
+    records = map(json.loads, file.read_text().splitlines())
+    return [(record["blocks_seen"], record["tokens_seen"]) for record in records]
+
+
+def test_a_checkpoint_of_a_version_with_other_keys_is_refused_by_name(config):
+    path = checkpoints_of(config) / "checkpoint-6"
+    progress = json.loads((path / "progress.json").read_text())
+    progress["config"]["run"]["colour"] = "blue"
+    content = json.dumps(progress).encode()
+    (path / "progress.json").write_bytes(content)
+    manifest = json.loads((path / "manifest.json").read_text())
+    sha256 = hashlib.sha256(content).hexdigest()
+    manifest["files"]["progress.json"] = {"bytes": len(content), "sha256": sha256}
+    text = json.dumps(manifest).encode()
+    (path / "manifest.json").write_bytes(text)
+    (path / "COMMIT").write_text(hashlib.sha256(text).hexdigest() + "\n")
+    with pytest.raises(CheckpointError, match="none of this version of qloop"):
+        train(config, [])
+
+
+def test_an_end_that_has_passed_is_refused(config, make_config):
+    with pytest.raises(ConfigError, match="has made 6 steps already and would end at 5"):
+        train(make_config(max_steps=5), [])
+
+
+def test_a_refused_start_leaves_no_folder_and_no_lock(make_config, tmp_path):
+    config = make_config(train_file=tmp_path / "nowhere")
+    for _ in range(2):
+        with pytest.raises(Exception, match="nowhere"):
+            train(config, [])
+    assert not (config.run.output_dir / "run").exists()
+
+
+# Other numbers of processes
+
+
+def saved_with(step_blocks: int) -> Checkpoint:
+    return Checkpoint(Path("checkpoint-3"), Progress(3), Origins({}, {}, step_blocks))
+
+
+def batch(batch_size: int, accumulation: int, **run: str) -> Config:
+    keys = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation, **run}
+    return load_config(None, {key: str(value) for key, value in keys.items()}).config
+
+
+def test_the_first_start_decides_the_blocks_of_a_step():
+    assert divide_step(batch(2, 8), 4, None) == Step(64, 8)
+
+
+def test_on_more_processes_each_accumulates_less():
+    step = divide_step(batch(1, 8), 4, saved_with(16))
+    assert (step.blocks, step.accumulation) == (16, 4)
+    assert "gradient_accumulation_steps is 4 on every process, not 8" in step.notes[0]
+
+
+def test_on_the_same_number_of_processes_nothing_is_said():
+    assert divide_step(batch(1, 8), 2, saved_with(16)) == Step(16, 8)
+
+
+def test_processes_that_do_not_divide_a_step_are_refused_with_those_that_do():
+    with pytest.raises(ConfigError, match=r"reads 16 blocks.*start 1, 2, 4, 8 or 16 processes"):
+        divide_step(batch(1, 8), 3, saved_with(16))
+    with pytest.raises(ConfigError, match="start 1, 2 or 4 processes"):
+        divide_step(batch(4, 8), 8, saved_with(16))
+    with pytest.raises(ConfigError, match="lower batch_size"):
+        divide_step(batch(3, 1), 1, saved_with(16))
+
+
+def test_a_step_becomes_another_only_by_name():
+    assert divide_step(batch(1, 8, allow_change="step_blocks"), 3, saved_with(16)) == Step(24, 8)
+
+
+@given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 12), st.integers(0, 1000))
+def test_the_micro_batches_of_a_step_are_the_same_on_any_number_of_processes(
+    batch_size, micro_batches, num_processes, blocks_seen
+):
+    """Micro-batch m is the same blocks under the same seed, whichever rank has it."""
+    if micro_batches % num_processes:
+        return
+    step = divide_step(batch(batch_size, 1), num_processes, saved_with(batch_size * micro_batches))
+    block_ids = block_ids_at(blocks_seen, step.blocks, 37, seed=5)
+    dealt = block_ids.reshape(step.accumulation, num_processes, batch_size)
+    by_number = {
+        number * num_processes + rank: dealt[number, rank].tolist()
+        for number in range(step.accumulation)
+        for rank in range(num_processes)
+    }
+    alone = block_ids.reshape(micro_batches, batch_size)
+    assert by_number == {number: ids.tolist() for number, ids in enumerate(alone)}
