@@ -159,12 +159,13 @@ def plan(
     """
     config, _ = _prepare_run(ctx, config_file, flags)
 
-    from qloop.planning.plan import find_target, show_plans
+    from qloop.planning.plan import find_placement
+    from qloop.planning.table import show_plans
     from qloop.report.console import quieten_libraries
 
     quieten_libraries()
-    target = find_target(config, device, device_memory_gb, num_processes, engine)
-    click.echo(show_plans(config, target, flops_use))
+    placement = find_placement(config, device, device_memory_gb, num_processes, engine)
+    click.echo(show_plans(config, placement, flops_use))
 
 
 @cli.command()
@@ -272,11 +273,11 @@ def _prepare_run(
     if stray and not unknown:
         raise click.UsageError(f"unexpected {' '.join(stray)}; every value follows its --flag")
     typed = {name: value for name, value in flags.items() if value is not None}
-    config, origins = load_config(config_file, {**typed, **unknown})
+    config, given_in = load_config(config_file, {**typed, **unknown})
     # Threads that wait busily for each other make a step several times slower on a machine that
     # has other work too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return config, describe_unused(config, origins)
+    return config, describe_unused(config, given_in)
 
 
 def _stop_with_launcher() -> None:

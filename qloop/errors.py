@@ -86,7 +86,7 @@ class PeerError(QloopError):
 
 
 @contextlib.contextmanager
-def telling_of_disk_errors(path: Path) -> Iterator[None]:
+def explaining_disk_errors(path: Path) -> Iterator[None]:
     """Ends a run that cannot write with a message.
 
     Raises:

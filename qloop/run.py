@@ -1,7 +1,6 @@
 """Puts the parts of a run together, in the order in which they can fail cheapest."""
 
 import functools
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,23 @@ from accelerate.utils import DistributedType
 from transformers import PreTrainedTokenizerBase
 
 from qloop.checkpoint.manager import CheckpointManager
-from qloop.checkpoint.resume import Step, choose_checkpoint, divide_step, refuse_other_origins
-from qloop.checkpoint.saved import Checkpoint, Origins, restore
+from qloop.checkpoint.resume import (
+    Checkpoint,
+    Provenance,
+    choose_checkpoint,
+    refuse_other_provenance,
+    restore,
+)
 from qloop.checkpoint.store import CheckpointStore
 from qloop.config.keys import Config, ModelConfig
 from qloop.data.batches import StepReader
+from qloop.data.corpus import Corpus, build_corpus, open_corpus
+from qloop.data.documents import Source
+from qloop.data.encoder import Encoder, build_encoder
 from qloop.data.indexes import load_index
 from qloop.data.packing import BlockIndex
 from qloop.data.sources import find_sources
-from qloop.data.tokens import Corpus, Encoder, Source, TokenStore, build_corpus, open_corpus
+from qloop.data.tokens import TokenStore
 from qloop.distributed.accelerator import (
     build_accelerator,
     build_engine,
@@ -30,23 +37,23 @@ from qloop.distributed.accelerator import (
 from qloop.distributed.engine import Engine
 from qloop.distributed.peers import PeerWatch
 from qloop.distributed.ranks import on_all, on_main
-from qloop.errors import ConfigError, DataError, QloopError, telling_of_disk_errors
-from qloop.lock import RunLock
-from qloop.model.activations import keep_activations
-from qloop.model.build import build_model, choose_precision, count_parameters, fingerprint_weights
-from qloop.model.flops import build_model_flops, measure_matmul_flops
+from qloop.errors import QloopError, explaining_disk_errors
+from qloop.hardware import choose_precision, find_device, measure_matmul_flops, measure_memory
+from qloop.model.activations import set_recomputation
+from qloop.model.build import build_model
+from qloop.model.flops import build_model_flops
 from qloop.model.isolation import choose_attention
 from qloop.model.loss import TargetLoss, choose_loss
-from qloop.model.pretrained import check_sizes, load_model_config
-from qloop.model.state import collect_files
-from qloop.model.tokenizer import build_encoder, load_tokenizer
-from qloop.planning.plan import Plan, Target, find_device, plan_run
-from qloop.report.metrics import Meter, measure_memory
+from qloop.model.pretrained import check_sizes, load_model_config, load_tokenizer
+from qloop.model.state import collect_files, count_parameters, fingerprint_weights
+from qloop.planning.plan import Placement, Plan, plan_run
+from qloop.report.metrics import Meter
 from qloop.report.opening import describe_corpus, describe_ledger
 from qloop.report.reporter import Reporter
-from qloop.run_directory import RunDirectory, locate_run, write_json
-from qloop.steps import Progress
+from qloop.run_directory import RunDirectory, RunLock, locate_run
+from qloop.steps import Progress, StepLayout, count_steps, divide_step
 from qloop.storage.filesystem import FileSystem
+from qloop.storage.folders import write_json
 from qloop.warmup import compile_and_warm_up, compiles
 
 
@@ -75,7 +82,7 @@ class Assembly:
     """As prepared: to be called, and in the loop only."""
     loss: TargetLoss
     engine: Engine
-    step: Step
+    step: StepLayout
     progress: Progress
     checkpoints: CheckpointManager
     report: Reporter
@@ -131,7 +138,13 @@ def _assemble(
 
     checkpoint = on_main(accelerator, lambda: _choose(config, run, store, notes))
     progress = checkpoint.progress if checkpoint else Progress()
-    step = divide_step(config, accelerator.num_processes, checkpoint)
+    keeps_step = checkpoint and "step_blocks" not in config.run.allow_change
+    step = divide_step(
+        config.batch,
+        accelerator.num_processes,
+        checkpoint.provenance.step_blocks if checkpoint and keeps_step else None,
+        checkpoint.path if checkpoint else None,
+    )
 
     sources: list[Source | None] = []  # on the main rank, which alone reads the corpus
     on_main(accelerator, lambda: sources.extend(find_sources(config.data)))
@@ -140,7 +153,9 @@ def _assemble(
     model_config = load_model_config(config.model)
     check_sizes(model_config, encoder.vocabulary_size, config.data.max_seq_length)
     corpus, index, held_out = _load_data(config, sources, encoder, accelerator)
-    last_step = count_steps(config, len(index), step.blocks, progress)
+    last_step = count_steps(
+        config.schedule, config.batch, config.data.max_seq_length, len(index), step.blocks, progress
+    )
 
     precision = choose_precision(config.model.precision, accelerator.device)
     memory_before = measure_memory(accelerator.device).now
@@ -158,10 +173,10 @@ def _assemble(
     model = on_all(accelerator, build)
     meter = build_meter(index, model, precision, memory_before, accelerator)
     micro_batches = last_step * step.accumulation
-    target = describe_target(accelerator, precision, micro_batches)
-    plan, plan_line = plan_run(config, target)
+    placement = describe_placement(accelerator, precision, micro_batches)
+    plan, plan_line = plan_run(config, placement)
     activations = choose_activations(config, accelerator, plan)
-    keep_activations(model, activations, config.model.offload_activations)
+    set_recomputation(model, activations, config.model.offload_activations)
     model_line = describe_model(config.model, model, precision, accelerator)
     fingerprints = {
         "corpus": corpus.fingerprint,
@@ -169,14 +184,14 @@ def _assemble(
         # Under FSDP2 only the main rank has read the weights.
         "frozen_weights": on_main(accelerator, lambda: fingerprint_weights(model)),
     }
-    origins = Origins(config.model_dump(mode="json"), fingerprints, step.blocks)
+    provenance = Provenance(config.model_dump(mode="json"), fingerprints, step.blocks)
     if checkpoint:
-        refuse_other_origins(checkpoint, origins, config.run.allow_change)
+        refuse_other_provenance(checkpoint, provenance, config.run.allow_change)
 
     ledger = describe_corpus(corpus, index, held_out.index if held_out else None)
 
     def write_folder() -> None:
-        with telling_of_disk_errors(run.path):
+        with explaining_disk_errors(run.path):
             run.create(config)
             write_json(run.data_report, ledger)
 
@@ -184,12 +199,12 @@ def _assemble(
     files = collect_files(model, tokenizer)
     engine = build_engine(accelerator, model, config, step.accumulation)
     isolation, attention = choose_attention(
-        engine.plain, config.model.attention, accelerator.device, precision,
+        engine.unwrapped, config.model.attention, accelerator.device, precision,
         encoder.vocabulary_size,
     )  # fmt: skip
     micro_batch_tokens = config.batch.batch_size * config.data.max_seq_length
     loss = choose_loss(
-        engine.plain, config.model.loss, accelerator.device, micro_batch_tokens, precision,
+        engine.unwrapped, config.model.loss, accelerator.device, micro_batch_tokens, precision,
         may_compile=config.model.compile is not False,
     )  # fmt: skip
     if checkpoint:
@@ -207,10 +222,10 @@ def _assemble(
         is_wanted = config.model.compile is True
         speed_lines.append(compile_and_warm_up(engine, accelerator, loss, micro_batch, is_wanted))
 
-    with telling_of_disk_errors(run.logs):
+    with explaining_disk_errors(run.logs):
         report = Reporter(run, config, progress.step, last_step, accelerator.is_main_process)
     checkpoints = CheckpointManager(
-        store, config.checkpoint, accelerator, origins, files, report.say
+        store, config.checkpoint, accelerator, provenance, files, report.say
     )
     going_on = f"; going on from {checkpoint.path}" if checkpoint else ""
     opening_lines = [
@@ -225,8 +240,16 @@ def _assemble(
         *speed_lines,
         plan_line,
         f"steps      {progress.step} of {last_step} made{going_on}",
-        *step.notes,
-        *checkpoints.warn_of_space(engine, progress.step, last_step),
+        *(
+            [
+                f"step       reads {step.blocks} blocks, as this run has it from the start: "
+                f"gradient_accumulation_steps is {step.accumulation} on every process, not "
+                f"{config.batch.gradient_accumulation_steps}"
+            ]
+            if step.accumulation != config.batch.gradient_accumulation_steps
+            else []
+        ),
+        *checkpoints.describe_space(engine, progress.step, last_step),
     ]
     report.say("\n".join(opening_lines))
     return Assembly(
@@ -258,7 +281,7 @@ def _load_data(
 
     def build() -> tuple[Path, bool]:
         train, held_out = sources
-        with telling_of_disk_errors(cache_dir):
+        with explaining_disk_errors(cache_dir):
             built = build_corpus(
                 train, held_out, encoder, cache_dir, data.held_out_share,
                 data.train_on_prompt, data.deduplicate,
@@ -267,7 +290,7 @@ def _load_data(
             return built
 
     def open_all(folder: Path, was_cached: bool) -> tuple[Corpus, BlockIndex, HeldOut | None]:
-        with telling_of_disk_errors(cache_dir):
+        with explaining_disk_errors(cache_dir):
             corpus = open_corpus(folder, encoder, was_cached)
             length, held_out = data.max_seq_length, None
             index = load_index(folder / "train", corpus.train, data.packing, length)
@@ -280,10 +303,10 @@ def _load_data(
     return on_all(accelerator, lambda: open_all(folder, was_cached))
 
 
-def describe_target(accelerator: Accelerator, precision: str, micro_batches: int) -> Target:
+def describe_placement(accelerator: Accelerator, precision: str, micro_batches: int) -> Placement:
     """Describes the devices of this run to the plan, and how much they do."""
     engine = describe_engine(accelerator).lower().replace("-", "") or "ddp"
-    return Target(find_device(), precision, engine, accelerator.num_processes, micro_batches)
+    return Placement(find_device(), precision, engine, accelerator.num_processes, micro_batches)
 
 
 def choose_activations(config: Config, accelerator: Accelerator, plan: Plan | None) -> str:
@@ -327,44 +350,3 @@ def build_meter(
         accelerator.device,
         memory_before,
     )
-
-
-def count_steps(config: Config, num_blocks: int, step_blocks: int, progress: Progress) -> int:
-    """Says at which step the run ends: at max_steps or after num_epochs, whichever is first.
-
-    The last step of an epoch may read on into the next, so that every block is read.
-
-    Args:
-        config: With the two limits.
-        num_blocks: Blocks of the corpus.
-        step_blocks: Blocks that a step reads from now on.
-        progress: Steps made and blocks seen so far.
-
-    Raises:
-        DataError: The corpus is smaller than one step.
-        ConfigError: The warm-up would not end before the run does, or that end has passed already.
-    """
-    batch, schedule = config.batch, config.schedule
-    if num_blocks < step_blocks:
-        raise DataError(
-            f"the corpus fills {num_blocks} blocks of {config.data.max_seq_length} tokens, but "
-            "one step "
-            f"reads {step_blocks} (batch_size {batch.batch_size} x gradient_accumulation_steps "
-            f"{batch.gradient_accumulation_steps} on every process); lower one of them or "
-            "max_seq_length, or give more documents"
-        )
-    limits = [schedule.max_steps] if schedule.max_steps else []
-    if schedule.num_epochs:
-        left = schedule.num_epochs * num_blocks - progress.blocks_seen
-        limits.append(progress.step + math.ceil(left / step_blocks))
-    last_step = min(limits, default=1000)
-    if last_step < progress.step:
-        raise ConfigError(
-            f"max_steps: the run has made {progress.step} steps already and would end at "
-            f"{last_step}; give more, or another --experiment_name"
-        )
-    if schedule.warmup_steps >= last_step:
-        raise ConfigError(
-            f"warmup_steps: must be below the run's {last_step} steps, got {schedule.warmup_steps}"
-        )
-    return last_step

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import torch
 
-from qloop.checkpoint.store import show_bytes
 from qloop.config.keys import Config
 from qloop.distributed.stops import StopRequest
 from qloop.errors import DivergenceError, StoppedError
-from qloop.evaluation.held_out import evaluate, sample_completions
-from qloop.planning.plan import explain_out_of_memory
+from qloop.evaluation.completions import sample_completions
+from qloop.evaluation.held_out import evaluate
+from qloop.planning.advice import explain_out_of_memory
 from qloop.report.metrics import build_step_record
 from qloop.run import Assembly, assemble
 from qloop.schedule import learning_rate_at
-from qloop.seeds import seed_at, seed_forward_pass
+from qloop.steps import seed_at, seed_forward_pass
+from qloop.storage.folders import show_bytes
 
 
 def train(config: Config, notes: list[str]) -> None:
@@ -127,7 +128,7 @@ def run_steps(parts: Assembly, stop: StopRequest) -> None:
         held_out_loss = None
         if progress.is_due(config.evaluate.eval_steps, parts.last_step):
             held_out_loss = measure_held_out(parts)
-        parts.checkpoints.settle()  # how a save behind the loop went, if one has ended
+        parts.checkpoints.poll()  # how a save behind the loop went, if one has ended
         request = stop.agreed(accelerator)
         is_end = progress.step == parts.last_step or (request is not None and request.stops)
         if request or progress.is_due(config.checkpoint.save_steps, parts.last_step):
@@ -146,7 +147,7 @@ def measure_held_out(parts: Assembly) -> float | None:
     if parts.held_out is None:
         return None
     evaluation = evaluate(
-        parts.engine.plain,
+        parts.engine.unwrapped,
         parts.loss,
         parts.held_out.store,
         parts.held_out.index,
@@ -162,7 +163,7 @@ def finish(parts: Assembly) -> None:
     samples = []
     if parts.held_out and parts.config.evaluate.num_samples:
         samples = sample_completions(
-            parts.engine.plain,
+            parts.engine.unwrapped,
             parts.tokenizer,
             parts.held_out.store,
             parts.config.evaluate.num_samples,

@@ -22,7 +22,7 @@ from qloop.model.compilation import (
     uncompile_layers,
 )
 from qloop.model.loss import TargetLoss
-from qloop.seeds import seed_forward_pass
+from qloop.steps import seed_forward_pass
 
 
 def compiles(
@@ -36,8 +36,8 @@ def compiles(
     reason = None
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         reason = "DeepSpeed changes the layers while they run"
-    elif not find_layers(engine.plain):
-        reason = f"{type(engine.plain).__name__} does not say what its layers are"
+    elif not find_layers(engine.unwrapped):
+        reason = f"{type(engine.unwrapped).__name__} does not say what its layers are"
     if config.compile is True and reason:
         raise ConfigError(f"compile: {reason}; use auto or false")
     return reason is None and is_worthwhile(config, accelerator.device.type, micro_batches)
@@ -69,7 +69,7 @@ def compile_and_warm_up(
 
     def run() -> None:
         seed_forward_pass(0)
-        compile_layers(engine.plain)
+        compile_layers(engine.unwrapped)
         try:
             engine.backward(loss.sum(engine.model, micro_batch.to(accelerator.device)) * 0.0)
         except torch.OutOfMemoryError:
@@ -85,7 +85,7 @@ def compile_and_warm_up(
         made = count_compilations() - before
         return f"compiled   layers, {made} graphs in {time.perf_counter() - started:.0f} s"
     except ConfigError as error:
-        uncompile_layers(engine.plain)
+        uncompile_layers(engine.unwrapped)
         if is_wanted:
             raise
         return f"compiled   nothing: {error}; layers may keep more than is planned"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qloop.errors import CheckpointError, ConfigError, telling_of_disk_errors
+from qloop.errors import CheckpointError, ConfigError, explaining_disk_errors
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from qloop.errors import CheckpointError, ConfigError, telling_of_disk_errors
     ],
 )
 def test_a_disk_that_refuses_ends_in_a_message_and_its_exit_code(number, kind, code, todo):
-    with pytest.raises(kind) as error, telling_of_disk_errors(Path("output/run")):
+    with pytest.raises(kind) as error, explaining_disk_errors(Path("output/run")):
         raise OSError(number, os.strerror(number))
     assert error.value.exit_code == code
     assert str(error.value) == f"output/run: cannot be written: {os.strerror(number)}; {todo}"

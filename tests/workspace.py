@@ -8,7 +8,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from qloop.config.keys import Config
 from qloop.config.loading import load_config
-from qloop.data.tokens import Corpus, Encoder, Source, build_corpus, open_corpus
+from qloop.data.corpus import Corpus, build_corpus, open_corpus
+from qloop.data.documents import Source
+from qloop.data.encoder import Encoder
 
 # Architectures that must work, as keys of a config.json beside the sizes below.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -125,7 +127,7 @@ class Workspace:
 
     def losses(self, name: str, **keys: Any) -> list[float]:
         """Runs to the end; gives the loss of every step."""
-        from qloop.report.metrics import read_records
+        from qloop.report.files import read_records
         from qloop.train import train
 
         reset_accelerate()
@@ -137,7 +139,7 @@ class Workspace:
         """Runs compiled, and makes sure that no step compiles anything; gives their losses."""
         from qloop.distributed.stops import StopRequest
         from qloop.model.compilation import count_compilations
-        from qloop.report.metrics import read_records
+        from qloop.report.files import read_records
         from qloop.run import assemble
         from qloop.train import run_steps
 

@@ -20,23 +20,24 @@ from typing import Any
 
 import torch
 
-from qloop.checkpoint.saved import PROGRESS, Checkpoint, config_of, read_checkpoint
-from qloop.checkpoint.store import CheckpointStore, DamagedError, Kept, show_bytes
-from qloop.errors import CheckpointError, ConfigError, QloopError, telling_of_disk_errors
+from qloop.checkpoint.resume import PROGRESS, Checkpoint, config_of, read_checkpoint
+from qloop.checkpoint.store import CheckpointStore, DamagedError, GoodCheckpoint
+from qloop.errors import CheckpointError, ConfigError, QloopError, explaining_disk_errors
 from qloop.model.adapters import merge_adapters
-from qloop.model.build import build_model, fingerprint_weights
-from qloop.model.state import collect_model_files, collect_weights
+from qloop.model.build import build_model
+from qloop.model.state import collect_model_files, collect_weights, fingerprint_weights
 from qloop.storage.filesystem import FileSystem
+from qloop.storage.folders import show_bytes
 from qloop.storage.tensors import (
     INDEX,
-    Kind,
     SavedTensors,
+    TensorSpec,
     align,
     deal_out,
     encode_tensors,
     index_of,
-    kind_of,
     name_parts,
+    spec_of,
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -62,7 +63,7 @@ def export(
         CheckpointError: There is no good checkpoint, or the disk refuses.
     """
     place = Path(os.path.realpath(destination))  # "." has no name, and a link is not replaced
-    with telling_of_disk_errors(place):
+    with explaining_disk_errors(place):
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise ConfigError(f"{destination}: is there already, and not empty; give a new folder")
     if place == Path.cwd():
@@ -83,7 +84,7 @@ def export(
         model = _merge(read_checkpoint(path), base, tell)
         weights = collect_weights(model)[1]
         files |= collect_model_files(model)
-        kinds = {name: kind_of(weight) for name, weight in weights.items()}
+        kinds = {name: spec_of(weight) for name, weight in weights.items()}
         size = _write(place, files, kinds, weights.__getitem__, dtype)
     else:
         saved = SavedTensors(path, "model")
@@ -92,7 +93,7 @@ def export(
     tell(f"load it: AutoModelForCausalLM.from_pretrained('{destination}', dtype='auto')")
 
 
-def find_checkpoint(source: Path, tell: Callable[[str], None]) -> Kept:
+def find_checkpoint(source: Path, tell: Callable[[str], None]) -> GoodCheckpoint:
     """Finds the checkpoint that is meant, and verifies every byte of it; changes nothing.
 
     Raises:
@@ -112,7 +113,7 @@ def find_checkpoint(source: Path, tell: Callable[[str], None]) -> Kept:
             continue
         for problem in problems:
             tell(problem)
-        return Kept(path, manifest)
+        return GoodCheckpoint(path, manifest)
     problems.append(f"{source}: nothing to export; give a run's folder or a checkpoint-N")
     raise CheckpointError("\n".join(problems))
 
@@ -137,7 +138,7 @@ def _merge(checkpoint: Checkpoint, base: str | None, tell: Callable[[str], None]
         raise ConfigError(
             f"{name}: cannot be the base of {checkpoint.path}: {error}; give its place by --base"
         ) from error
-    wanted = checkpoint.origins.fingerprints["frozen_weights"]
+    wanted = checkpoint.provenance.fingerprints["frozen_weights"]
     if config.model.training_method == "qlora":
         tell(f"{name}: was trained on in 4 bits, so it cannot be compared with what it was then")
     # Training had it in the type that it computed in, which depends on the machine.
@@ -155,7 +156,7 @@ def _merge(checkpoint: Checkpoint, base: str | None, tell: Callable[[str], None]
 def _write(
     destination: Path,
     files: Mapping[str, bytes],
-    kinds: Mapping[str, Kind],
+    kinds: Mapping[str, TensorSpec],
     read: Callable[[str], torch.Tensor],
     dtype: str,
 ) -> int:
@@ -178,7 +179,7 @@ def _write(
     store = CheckpointStore(destination.parent, disk)
     # No name that a run deletes, should someone export into the folder of its checkpoints.
     unfinished = destination.with_name(f".exporting-{destination.name}-{uuid.uuid4().hex[:8]}")
-    with telling_of_disk_errors(destination):
+    with explaining_disk_errors(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
         disk.make_folder(unfinished)
         try:
@@ -203,10 +204,10 @@ def _convert(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     return converted
 
 
-def _converted(kind: Kind, dtype: str) -> Kind:
+def _converted(kind: TensorSpec, dtype: str) -> TensorSpec:
     if kind.dtype not in ("F64", "F32", "F16", "BF16"):
         return kind
-    return kind_of(torch.empty(kind.shape, dtype=DTYPES[dtype], device="meta"))
+    return spec_of(torch.empty(kind.shape, dtype=DTYPES[dtype], device="meta"))
 
 
 def _with_dtype(config: bytes, dtype: str) -> bytes:

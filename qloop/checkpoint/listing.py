@@ -6,13 +6,13 @@ from typing import NamedTuple
 from qloop.checkpoint.store import (
     CheckpointStore,
     DamagedError,
-    Kept,
+    GoodCheckpoint,
     Manifest,
     find_best,
-    show_bytes,
 )
 from qloop.errors import CheckpointError
 from qloop.storage.filesystem import FileSystem
+from qloop.storage.folders import show_bytes
 
 
 class Listed(NamedTuple):
@@ -48,7 +48,7 @@ def list_checkpoints(run: Path, with_hashes: bool = True) -> list[Listed]:
 def format_table(listed: list[Listed], with_hashes: bool = True) -> str:
     """Shows name, size, losses and state of each, in columns."""
     good = [
-        Kept(path, manifest)
+        GoodCheckpoint(path, manifest)
         for path, manifest, _ in listed
         if manifest and path.name.startswith("checkpoint-")
     ]

@@ -15,7 +15,6 @@ ranks wrote, and by which engine, matters to nobody who reads: no tensor is cut.
 There are no random states: every forward pass is seeded from (seed, step, micro-batch).
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -30,18 +29,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from qloop.checkpoint.saved import MOMENTS, PROGRESS, Origins
+from qloop.checkpoint.resume import MOMENTS, PROGRESS, Provenance
 from qloop.checkpoint.shares import Share, share_of
-from qloop.checkpoint.store import CheckpointStore, File, Kept, show_bytes
+from qloop.checkpoint.store import CheckpointStore, File, GoodCheckpoint
 from qloop.config.keys import CheckpointConfig
 from qloop.distributed.engine import Engine
 from qloop.errors import CheckpointError, LockedError
+from qloop.hardware import count_free_memory
 from qloop.steps import Progress
+from qloop.storage.folders import show_bytes
 from qloop.storage.tensors import (
     INDEX,
     HostCopies,
@@ -58,7 +58,7 @@ _RUNNING, _COMMITTED, _REFUSED, _FENCED, _CRASHED = 0, 1, 2, 3, 4
 
 
 class _Committed(NamedTuple):
-    kept: Kept
+    kept: GoodCheckpoint
     messages: list[str]
 
 
@@ -83,7 +83,7 @@ class CheckpointManager:
         store: CheckpointStore,
         settings: CheckpointConfig,
         accelerator: Accelerator,
-        origins: Origins,
+        provenance: Provenance,
         files: Mapping[str, bytes],
         say: Callable[[str], None],
     ) -> None:
@@ -93,14 +93,14 @@ class CheckpointManager:
             store: The directories.
             settings: How often, how many, and whether behind the loop.
             accelerator: Knows the ranks.
-            origins: What the run is made of.
+            provenance: What the run is made of.
             files: What else a checkpoint holds beside tensors and progress, by name.
             say: Tells the person.
         """
         self._store = store
         self._settings = settings
         self._accelerator = accelerator
-        self._origins = origins
+        self._provenance = provenance
         self._files = files
         self._say = say
         self._copies = HostCopies()
@@ -132,7 +132,7 @@ class CheckpointManager:
                 it must succeed. Every older checkpoint is as it was.
             LockedError: Another process has taken the run's folder.
         """
-        self.settle(wait=True)
+        self.poll(wait=True)
         started = time.perf_counter()
         unfinished, refused = _on_main(self._accelerator, lambda: self._store.begin(progress.step))
         if unfinished is None:
@@ -164,9 +164,9 @@ class CheckpointManager:
         )
         self.stood_still_seconds = time.perf_counter() - started
         if not behind:
-            self.settle(wait=True, must_succeed=must_succeed)
+            self.poll(wait=True, must_succeed=must_succeed)
 
-    def settle(self, wait: bool = False, must_succeed: bool = False) -> None:
+    def poll(self, wait: bool = False, must_succeed: bool = False) -> None:
         """Learns, on every rank alike, how the save behind the loop went, if it has ended.
 
         Args:
@@ -254,7 +254,7 @@ class CheckpointManager:
         else:
             self._report(save.committing.result())
 
-    def warn_of_space(self, engine: Engine, step: int, last_step: int) -> list[str]:
+    def describe_space(self, engine: Engine, step: int, last_step: int) -> list[str]:
         """Says so if the free space will not hold the checkpoints that the run is to make."""
         _, weights = engine.collect_weights()
         size = sum(piece.kind.nbytes for piece in weights.values())
@@ -333,7 +333,7 @@ class CheckpointManager:
     def _dump_progress(self, progress: Progress) -> bytes:
         content = {
             **dataclasses.asdict(progress),
-            **dataclasses.asdict(self._origins),
+            **dataclasses.asdict(self._provenance),
             "num_processes": self._accelerator.num_processes,
             "versions": {name: version(name) for name in _LIBRARIES},
         }
@@ -376,22 +376,6 @@ class CheckpointManager:
             f"saved {path} ({show_bytes(manifest.total_bytes)}; the loop stood still for "
             f"{self.stood_still_seconds:.2f} s)"
         )
-
-
-def count_free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Counts the host memory, in bytes, that this process can still take: of machine or container.
-
-    Args:
-        cgroup: Where a container's limits are (version 2).
-    """
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError, KeyError):  # no container, or one without a limit
-        limit = int((cgroup / "memory.max").read_text())
-        used = int((cgroup / "memory.current").read_text())
-        lines = (cgroup / "memory.stat").read_text().splitlines()
-        cached = int(dict(line.split() for line in lines)["inactive_file"])  # given back when asked
-        free = min(free, limit - used + cached)
-    return free
 
 
 class _Tensors(NamedTuple):

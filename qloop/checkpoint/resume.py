@@ -1,14 +1,79 @@
 """What a run goes on from: the newest good checkpoint, if it is this run's."""
 
+import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from qloop.checkpoint.saved import Checkpoint, Origins, config_of, read_checkpoint
-from qloop.checkpoint.store import CheckpointStore, DamagedError, Kept
+from qloop.checkpoint.store import CheckpointStore, DamagedError, GoodCheckpoint
 from qloop.config.keys import Config, find_changes
-from qloop.errors import CheckpointError, ConfigError, join_names
+from qloop.distributed.engine import Engine
+from qloop.errors import CheckpointError, ConfigError
+from qloop.steps import Progress
 from qloop.storage.filesystem import FileSystem
+from qloop.storage.tensors import SavedTensors
+
+MOMENTS = "optimizer"
+"""Stem of the files with the optimizer's tensors, each under its parameter's name and its own."""
+
+
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a run was made of; a run goes on only with the same."""
+
+    config: dict[str, Any]
+    """The config, by section."""
+    fingerprints: dict[str, str]
+    """Of the corpus, the tokenizer and the frozen base."""
+    step_blocks: int
+    """Blocks that a step reads, over all ranks."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A step directory and what its progress.json says."""
+
+    path: Path
+    progress: Progress
+    provenance: Provenance
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads what a step directory says of itself; it was verified before.
+
+    Raises:
+        CheckpointError: It is no checkpoint of qloop.
+    """
+    try:
+        content = json.loads((path / PROGRESS).read_bytes())
+        counters = {field.name: content[field.name] for field in dataclasses.fields(Progress)}
+        provenance = {field.name: content[field.name] for field in dataclasses.fields(Provenance)}
+        return Checkpoint(path, Progress(**counters), Provenance(**provenance))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: no checkpoint to go on from: {PROGRESS}: {error}; give a checkpoint-N folder"
+        ) from error
+
+
+def config_of(checkpoint: Checkpoint) -> Config:
+    """Gives the config that a checkpoint was made with.
+
+    Raises:
+        CheckpointError: Its keys are none of this version of qloop.
+    """
+    try:
+        return Config.model_validate(checkpoint.provenance.config)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: its config is none of this version of qloop: {error}; use the "
+            "version that wrote it"
+        ) from error
+
 
 _WORDS = ("auto", "never", "restart")
 
@@ -59,8 +124,8 @@ def choose_checkpoint(
     return checkpoint
 
 
-def refuse_other_origins(
-    checkpoint: Checkpoint, origins: Origins, allow_change: tuple[str, ...]
+def refuse_other_provenance(
+    checkpoint: Checkpoint, provenance: Provenance, allow_change: tuple[str, ...]
 ) -> None:
     """Makes sure that a run goes on with what it was made of.
 
@@ -68,7 +133,7 @@ def refuse_other_origins(
         ConfigError: The corpus, the tokenizer or the frozen base is another, and `allow_change`
             does not name it.
     """
-    before, now = checkpoint.origins.fingerprints, origins.fingerprints
+    before, now = checkpoint.provenance.fingerprints, provenance.fingerprints
     other = [name for name in now if before.get(name) != now[name] and name not in allow_change]
     if other:
         shown = [f"{name}: {str(before.get(name))[:12]} -> {now[name][:12]}" for name in other]
@@ -80,56 +145,6 @@ def refuse_other_origins(
         )
 
 
-@dataclass(frozen=True)
-class Step:
-    """How the blocks of a step are divided."""
-
-    blocks: int
-    """Over all ranks; they belong to the run."""
-    accumulation: int
-    """Micro-batches of `batch_size` blocks that each rank makes of them."""
-    notes: tuple[str, ...] = ()
-    """What the person should know of it."""
-
-
-def divide_step(config: Config, num_processes: int, checkpoint: Checkpoint | None) -> Step:
-    """Divides a step among the ranks: the first start decides its blocks, later ones follow.
-
-    With batch_size 1, gradient_accumulation_steps 8 and 2 processes a step reads 16 blocks; gone on
-    with by 4 processes, each makes 4 micro-batches of one block, and every step reads the blocks
-    that it would have read.
-
-    Raises:
-        ConfigError: The processes cannot divide the step; with the numbers that can.
-    """
-    batch = config.batch
-    wanted = Step(
-        batch.batch_size * batch.gradient_accumulation_steps * num_processes,
-        batch.gradient_accumulation_steps,
-    )
-    if not checkpoint or "step_blocks" in config.run.allow_change:
-        return wanted
-    blocks = checkpoint.origins.step_blocks
-    accumulation, rest = divmod(blocks, batch.batch_size * num_processes)
-    if rest or not accumulation:
-        micro_batches, odd = divmod(blocks, batch.batch_size)
-        counts = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
-        can = "lower batch_size" if odd else f"start {join_names(list(map(str, counts)))} processes"
-        raise ConfigError(
-            f"{checkpoint.path}: each of its steps reads {blocks} blocks, which do not divide by "
-            f"batch_size {batch.batch_size} x {num_processes} processes; {can}, or let the step "
-            "become another: --allow_change step_blocks"
-        )
-    notes: tuple[str, ...] = ()
-    if accumulation != batch.gradient_accumulation_steps:
-        notes = (
-            f"step       reads {blocks} blocks, as this run has it from the start: "
-            f"gradient_accumulation_steps is {accumulation} on every process, not "
-            f"{batch.gradient_accumulation_steps}",
-        )
-    return Step(blocks, accumulation, notes)
-
-
 def _refuse_to_start_afresh(store: CheckpointStore) -> None:
     damaged = [path.name for path in store.list_damaged()]
     if damaged:
@@ -139,7 +154,7 @@ def _refuse_to_start_afresh(store: CheckpointStore) -> None:
         )
 
 
-def _refuse_to_overwrite(newest: Kept | None) -> None:
+def _refuse_to_overwrite(newest: GoodCheckpoint | None) -> None:
     if newest:
         raise ConfigError(
             f"resume: restart is for runs whose checkpoints are all damaged, but {newest.path} is "
@@ -155,3 +170,30 @@ def _verify_named(path: Path) -> None:
             f"resume: {path}: not a good checkpoint: {error}; give another, or --resume auto for "
             "the newest good one"
         ) from error
+
+
+def restore(engine: Engine, checkpoint: Checkpoint, optimizer: str) -> str:
+    """Puts the saved state into an engine whose model was built from the same checkpoint.
+
+    Moments are kept by an optimizer that was changed, too, where it keeps the very same ones.
+
+    Args:
+        engine: As built.
+        checkpoint: What the run goes on from.
+        optimizer: That of the config; `allow_change` let it differ from the checkpoint's.
+
+    Returns:
+        A line for the person where the moments start anew; empty where they go on.
+
+    Raises:
+        CheckpointError: The names, types or shapes are not those of this model; nothing was put.
+    """
+    stem, _ = engine.collect_weights()
+    weights = SavedTensors(checkpoint.path, stem)
+    moments = SavedTensors(checkpoint.path, MOMENTS)
+    before = config_of(checkpoint).optimizer.optimizer
+    if before != optimizer and moments.kinds != engine.moment_kinds():
+        engine.restore(weights, None)
+        return f"optimizer  {before} -> {optimizer}: its moments start anew, as at step 1"
+    engine.restore(weights, moments)
+    return ""

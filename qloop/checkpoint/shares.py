@@ -7,7 +7,7 @@ nobody how many ranks there were.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from qloop.storage.tensors import Kind, Piece, align, deal_out, index_of, name_parts
+from qloop.storage.tensors import LazyTensor, TensorSpec, align, deal_out, index_of, name_parts
 
 
 class Share(NamedTuple):
@@ -15,14 +15,14 @@ class Share(NamedTuple):
 
     stem: str
     file: str
-    pieces: dict[str, Piece]
+    pieces: dict[str, LazyTensor]
     """All, in the order in which they are gathered."""
-    mine: dict[str, Kind]
+    mine: dict[str, TensorSpec]
     index_file: bytes
     """Which tensor is in which file, as transformers reads it; empty where there is one file."""
 
 
-def share_of(rank: int, writers: int, stem: str, pieces: Mapping[str, Piece]) -> Share:
+def share_of(rank: int, writers: int, stem: str, pieces: Mapping[str, LazyTensor]) -> Share:
     """Deals out the tensors of a stem.
 
     Args:

@@ -75,7 +75,7 @@ class Manifest:
         return sum(file.bytes for file in self.files.values())
 
 
-class Kept(NamedTuple):
+class GoodCheckpoint(NamedTuple):
     """A good checkpoint."""
 
     path: Path
@@ -110,7 +110,7 @@ class CheckpointStore:
         files: Iterable[tuple[str, Iterable[memoryview]]],
         facts: Mapping[str, Any],
         held_out_loss: float | None = None,
-    ) -> Kept:
+    ) -> GoodCheckpoint:
         """Writes checkpoint-<step>; when it returns, the directory is on the disk for good.
 
         Args:
@@ -167,7 +167,7 @@ class CheckpointStore:
         written: Mapping[str, File],
         facts: Mapping[str, Any],
         held_out_loss: float | None = None,
-    ) -> Kept:
+    ) -> GoodCheckpoint:
         """Vouches for what was written, and gives it its name; see `write`.
 
         Raises:
@@ -186,7 +186,7 @@ class CheckpointStore:
             self.abandon(unfinished)
             raise
         self._verified[path] = manifest
-        return Kept(path, manifest)
+        return GoodCheckpoint(path, manifest)
 
     def abandon(self, unfinished: Path) -> None:
         """Deletes what a failed save has written, as far as the disk allows."""
@@ -227,7 +227,7 @@ class CheckpointStore:
             raise DamagedError(f"cannot be read: {error}") from error
         return manifest
 
-    def find_newest(self, tell: Callable[[str], None]) -> Kept | None:
+    def find_newest(self, tell: Callable[[str], None]) -> GoodCheckpoint | None:
         """Finds the newest good checkpoint; damaged ones that are newer are moved aside and told.
 
         Raises:
@@ -308,14 +308,14 @@ class CheckpointStore:
                 self._disk.delete_file(path / name)
         self._disk.delete_folder(path)
 
-    def _verify_once(self, path: Path, tell: Callable[[str], None]) -> Kept | None:
+    def _verify_once(self, path: Path, tell: Callable[[str], None]) -> GoodCheckpoint | None:
         if path not in self._verified:
             try:
                 self._verified[path] = self.verify(path)
             except DamagedError as error:
                 tell(f"{path}: damaged: {error}; moved to {self.set_aside(path).name}")
                 return None
-        return Kept(path, self._verified[path])
+        return GoodCheckpoint(path, self._verified[path])
 
     def _read_manifest(self, path: Path) -> Manifest:
         for name in (COMMIT, MANIFEST):
@@ -359,7 +359,7 @@ class CheckpointStore:
             raise DamagedError(f"{file.name} is not as it was written: its SHA-256 differs")
 
 
-def find_best(good: Iterable[Kept]) -> Kept | None:
+def find_best(good: Iterable[GoodCheckpoint]) -> GoodCheckpoint | None:
     """Gives the checkpoint of the lowest held-out loss, the newest of equal ones."""
     measured = [kept for kept in good if kept.manifest.held_out_loss is not None]
     return min(
@@ -367,15 +367,6 @@ def find_best(good: Iterable[Kept]) -> Kept | None:
         key=lambda kept: (kept.manifest.held_out_loss, -kept.manifest.step),
         default=None,
     )
-
-
-def show_bytes(count: float) -> str:
-    """Shows a size as one would say it: `57 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _dump(manifest: Manifest) -> bytes:

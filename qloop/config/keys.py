@@ -286,7 +286,7 @@ MAY_CHANGE = frozenset(
 )
 
 # What else a run is made of, as a checkpoint holds it; allow_change takes these names too.
-ORIGINS = ("corpus", "tokenizer", "frozen_weights", "step_blocks")
+PROVENANCE = ("corpus", "tokenizer", "frozen_weights", "step_blocks")
 
 
 def iterate_keys() -> Iterator[Key]:

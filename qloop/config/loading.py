@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from qloop.config.keys import (
     KEYS,
-    ORIGINS,
+    PROVENANCE,
     Config,
     LoraConfig,
     ModelConfig,
@@ -32,7 +32,7 @@ class LoadedConfig(NamedTuple):
     """A config, and for each key that was given the place it came from."""
 
     config: Config
-    origins: dict[str, str]
+    given_in: dict[str, str]
 
 
 COMMAND_LINE = "command line"
@@ -52,11 +52,11 @@ def load_config(file: Path | None, flags: Mapping[str, str]) -> LoadedConfig:
     Raises:
         ConfigError: With every problem found, by the place it stands in.
     """
-    problems: list[tuple[str, str, str]] = []  # origin, key, what is wrong
+    problems: list[tuple[str, str, str]] = []  # place, key, what is wrong
     values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for origin, key, value in [*_read_file(file, problems), *_read_flags(flags, problems)]:
-        values[key], origins[key] = value, origin
+    given_in: dict[str, str] = {}
+    for place, key, value in [*_read_file(file, problems), *_read_flags(flags, problems)]:
+        values[key], given_in[key] = value, place
 
     # Once more without the wrong values, so that contradictions show in the same message.
     while True:
@@ -71,26 +71,26 @@ def load_config(file: Path | None, flags: Mapping[str, str]) -> LoadedConfig:
             for detail in error.errors():
                 found.setdefault(str(detail["loc"][1]), []).append(detail)
             for key, details in found.items():
-                problems.append((origins[key], key, _describe(details)))
+                problems.append((given_in[key], key, _describe(details)))
                 del values[key]
     wrong = {key for _, key, _ in problems}
-    for keys, text in _find_contradictions(config, origins):
+    for keys, text in _find_contradictions(config, given_in):
         if not wrong & set(keys):
-            origin = next((origins[key] for key in keys if key in origins), COMMAND_LINE)
-            problems.append((origin, keys[0], text))
+            place = next((given_in[key] for key in keys if key in given_in), COMMAND_LINE)
+            problems.append((place, keys[0], text))
     if problems:
         raise ConfigError(_format_problems(problems))
-    return LoadedConfig(config, origins)
+    return LoadedConfig(config, given_in)
 
 
-def describe_unused(config: Config, origins: Mapping[str, str]) -> list[str]:
+def describe_unused(config: Config, given_in: Mapping[str, str]) -> list[str]:
     """Says which keys of the file this run makes no use of, for its opening lines."""
     lines = []
     for keys, reason in _unused(config):
-        given = [key for key in keys if key in origins]
+        given = [key for key in keys if key in given_in]
         if given:
             more = f" and {len(given) - 1} more" if given[1:] else ""
-            lines.append(f"{origins[given[0]]}: {given[0]}{more}: not used, {reason}")
+            lines.append(f"{given_in[given[0]]}: {given[0]}{more}: not used, {reason}")
     return lines
 
 
@@ -189,16 +189,16 @@ def _read_flags(
 
 
 def _find_contradictions(
-    config: Config, origins: Mapping[str, str]
+    config: Config, given_in: Mapping[str, str]
 ) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yields the keys that contradict each other, the one to name first, and what to do."""
     model, data, schedule = config.model, config.data, config.schedule
     for keys, reason in _unused(config):
         for key in keys:
-            if origins.get(key) == COMMAND_LINE:
+            if given_in.get(key) == COMMAND_LINE:
                 yield (key,), f"has no effect, {reason}; leave it out"
     for name in config.run.allow_change:
-        if name not in KEYS and name not in ORIGINS:
+        if name not in KEYS and name not in PROVENANCE:
             yield ("allow_change",), f'names "{name}", which is no key{_nearest(name)}'
     every, save_steps = config.checkpoint.keep_every, config.checkpoint.save_steps
     if every % save_steps:
@@ -216,7 +216,7 @@ def _find_contradictions(
             f"got {schedule.min_learning_rate:g}",
         )
     if schedule.max_steps is not None and schedule.warmup_steps >= schedule.max_steps:
-        default = "" if "warmup_steps" in origins else " (the default)"
+        default = "" if "warmup_steps" in given_in else " (the default)"
         yield (
             ("warmup_steps", "max_steps"),
             f"must be below max_steps = {schedule.max_steps}, got {schedule.warmup_steps}{default}",
@@ -325,7 +325,7 @@ def _describe(details: list[ErrorDetails]) -> str:
 
 def _format_problems(problems: list[tuple[str, str, str]]) -> str:
     lines = []
-    for origin in dict.fromkeys(origin for origin, _, _ in problems):
-        here = [f"  {key}: {text}" for place, key, text in problems if place == origin]
-        lines += [f"{origin}: {len(here)} problem{'s' if len(here) > 1 else ''}", *here]
+    for place in dict.fromkeys(place for place, _, _ in problems):
+        here = [f"  {key}: {text}" for where, key, text in problems if where == place]
+        lines += [f"{place}: {len(here)} problem{'s' if len(here) > 1 else ''}", *here]
     return "\n".join(lines)

@@ -20,6 +20,7 @@ import torch
 
 from qloop.data.packing import BlockIndex, Integers
 from qloop.data.tokens import TokenStore
+from qloop.steps import block_ids_at
 
 IGNORED = -100
 """The label of a position that is no target; the value that torch's cross-entropy passes over."""
@@ -57,33 +58,6 @@ class MicroBatch:
         changed = MicroBatch(*map(change, (self.input_ids, self.labels, self.position_ids)))
         vars(changed)["boundaries"] = change(self.boundaries)
         return changed
-
-
-def block_ids_at(blocks_seen: int, step_blocks: int, num_blocks: int, seed: int) -> Integers:
-    """Gives the blocks of a step, over all ranks, in their global order.
-
-    Every epoch is a permutation of all blocks, drawn from (seed, epoch). A step may span the end of
-    one and the start of the next.
-
-    Args:
-        blocks_seen: Blocks read before the step; steps of one size: their number times that size.
-        step_blocks: Blocks in a step: batch_size * gradient_accumulation_steps * ranks.
-        num_blocks: Blocks of the corpus.
-        seed: The run's.
-    """
-    places = np.arange(blocks_seen, blocks_seen + step_blocks)
-    epochs, offsets = np.divmod(places, num_blocks)
-    ids = np.empty(step_blocks, dtype=np.int64)
-    for epoch in np.unique(epochs).tolist():
-        ids[epochs == epoch] = _permutation(num_blocks, seed, epoch)[offsets[epochs == epoch]]
-    return ids
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(num_blocks: int, seed: int, epoch: int) -> Integers:
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_blocks)
-    order.setflags(write=False)
-    return order
 
 
 def build_micro_batch(store: TokenStore, index: BlockIndex, block_ids: Integers) -> MicroBatch:

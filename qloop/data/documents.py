@@ -13,10 +13,10 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qloop.errors import DataError
 
@@ -84,21 +84,6 @@ def _iterate_folder(path: Path) -> Iterator[Path]:
         links = [name for name in folders if Path(folder, name).is_symlink()]
         files = [name for name in names if name.lower().endswith(Q_SUFFIXES)]
         yield from (Path(folder, name) for name in (*links, *files))
-
-
-def hash_files(files: list[Path]) -> str:
-    """Hashes the names (below their common folder) and the bytes of some files."""
-    root = os.path.commonpath([file.parent for file in files])
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(os.fsencode(os.path.relpath(file, root)) + b"\0")
-        if stat.S_ISREG(file.lstat().st_mode) and os.access(file, os.R_OK):
-            content = hashlib.sha256()
-            with file.open("rb") as stream:
-                while chunk := stream.read(2**20):
-                    content.update(chunk)
-            digest.update(content.digest())
-    return digest.hexdigest()
 
 
 def iterate_documents(files: list[Path], text_field: str) -> Iterator[Document | Refusal]:
@@ -228,3 +213,10 @@ def _decode(content: bytes, place: str) -> str | Refusal:
 
 def _kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
+
+
+class Source(NamedTuple):
+    """Documents to read, and the hash of their content."""
+
+    documents: Callable[[], Iterator[Document | Refusal]]
+    fingerprint: str

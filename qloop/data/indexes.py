@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qloop.data.documents import hash_files
 from qloop.data.packing import BlockIndex, Integers, pack_best_fit, pack_wrapped
 from qloop.data.tokens import TokenStore
+from qloop.storage.folders import hash_files
 
 FORMAT = 1
 PACKINGS: dict[str, Callable[[Integers, int], BlockIndex]] = {

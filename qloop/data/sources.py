@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from qloop.config.keys import DataConfig
-from qloop.data.documents import hash_files, iterate_documents, iterate_rows, list_source_files
-from qloop.data.tokens import Source
+from qloop.data.documents import Source, iterate_documents, iterate_rows, list_source_files
 from qloop.errors import DataError, join_names
+from qloop.storage.folders import hash_files
 
 
 def find_sources(data: DataConfig) -> tuple[Source, Source | None]:

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qloop.config.keys import Config
 from qloop.distributed.stops import Request, StopRequest
-from qloop.errors import ConfigError, telling_of_disk_errors
+from qloop.errors import ConfigError, explaining_disk_errors
 from qloop.model.compilation import uncompiled
 from qloop.report.metrics import StepRecord
 from qloop.report.reporter import Reporter
@@ -81,7 +81,7 @@ def profile(
             shutil.rmtree(scratch, ignore_errors=True)
     if is_main:
         say("\n".join(["", *watch.describe()]))
-        with telling_of_disk_errors(trace):
+        with explaining_disk_errors(trace):
             watch.profiler.export_chrome_trace(str(trace))
         size = trace.stat().st_size / 1e6
         say(f"trace      {trace} ({size:.1f} MB): open it in https://ui.perfetto.dev, or in Chrome")
@@ -228,7 +228,7 @@ class _Watch(Reporter):
             self.profiler.start()
         elif timed == 2 * self._steps + 1:  # one more, in which the profiler warms up
             self.profiler.stop()
-            self._reading.enter_context(uncompiled(self._parts.engine.plain))
+            self._reading.enter_context(uncompiled(self._parts.engine.unwrapped))
             self._reading.enter_context(self._places)
         elif timed == 2 * self._steps + 2:
             self._reading.close()
@@ -285,7 +285,7 @@ def _mark_phases(parts: Assembly, clock: _PhaseClock) -> None:
 
     parts.model.register_forward_pre_hook(entering("forward"))
     # The head gives the loss itself, unless all logits are kept.
-    head = parts.engine.plain.get_output_embeddings()
+    head = parts.engine.unwrapped.get_output_embeddings()
     if isinstance(head, torch.nn.Module):
         head.register_forward_pre_hook(entering("head, loss"))
     else:

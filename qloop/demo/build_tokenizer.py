@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from qloop.config.loading import load_config
+from qloop.data.corpus import is_held_out
 from qloop.data.documents import Document, iterate_documents, list_source_files
-from qloop.data.tokens import is_held_out
 
 VOCABULARY_SIZE = 8192
 END = "<|endoftext|>"

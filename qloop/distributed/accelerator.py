@@ -18,9 +18,8 @@ from transformers.integrations import unset_hf_deepspeed_config
 from qloop.config.keys import Config
 from qloop.distributed.engine import Engine
 from qloop.errors import ConfigError
-from qloop.model.build import choose_precision
+from qloop.hardware import choose_precision, use_deterministic_kernels
 from qloop.optimizer import Optimizers, build_optimizer, split_by_optimizer
-from qloop.seeds import use_deterministic_kernels
 
 
 def build_accelerator(config: Config) -> Accelerator:

@@ -21,7 +21,7 @@ from qloop.optimizer import (
     moments_of,
     set_learning_rate,
 )
-from qloop.storage.tensors import Kind, Piece, SavedTensors, kind_of
+from qloop.storage.tensors import LazyTensor, SavedTensors, TensorSpec, spec_of
 
 
 class Engine:
@@ -34,11 +34,11 @@ class Engine:
         self.accelerator = accelerator
         self.model = model
         self.optimizer = optimizer
-        self.plain: Any = accelerator.unwrap_model(model)
+        self.unwrapped: Any = accelerator.unwrap_model(model)
         """The model without a wrapper, under its own names."""
         self.trained = {
             name: parameter
-            for name, parameter in self.plain.named_parameters()
+            for name, parameter in self.unwrapped.named_parameters()
             if parameter.requires_grad
         }
 
@@ -60,12 +60,12 @@ class Engine:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def collect_weights(self) -> tuple[str, dict[str, Piece]]:
+    def collect_weights(self) -> tuple[str, dict[str, LazyTensor]]:
         """Gives what of the model is saved, with the stem of its files."""
-        stem, weights = collect_weights(self.plain, self.plain.state_dict())
+        stem, weights = collect_weights(self.unwrapped, self.unwrapped.state_dict())
         return stem, {name: _piece(tensor) for name, tensor in weights.items()}
 
-    def collect_moments(self) -> dict[str, Piece]:
+    def collect_moments(self) -> dict[str, LazyTensor]:
         """Gives the optimizer's tensors, each under its parameter's name and its own."""
         return {
             f"{name}/{moment}": _piece(tensor)
@@ -91,10 +91,10 @@ class Engine:
             saved = {m: _read(moments, f"{name}/{m}", parameter) for m in self._moments_of(name)}
             self.optimizer.put_state(parameter, saved)
 
-    def moment_kinds(self) -> dict[str, Kind]:
+    def moment_kinds(self) -> dict[str, TensorSpec]:
         """Gives type and whole shape of each of the optimizer's tensors."""
         return {
-            f"{name}/{moment}": kind_of(blank)
+            f"{name}/{moment}": spec_of(blank)
             for name in self.trained
             for moment, blank in self._moments_of(name).items()
         }
@@ -104,8 +104,8 @@ class Engine:
         return moments_of(self.optimizer.kinds[parameter], parameter.shape)
 
 
-def _piece(tensor: torch.Tensor) -> Piece:
-    return Piece(kind_of(tensor), functools.partial(_gather, tensor))
+def _piece(tensor: torch.Tensor) -> LazyTensor:
+    return LazyTensor(spec_of(tensor), functools.partial(_gather, tensor))
 
 
 def _gather(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from qloop.distributed.engine import Engine
 from qloop.errors import ConfigError
 from qloop.model.state import collect_weights
 from qloop.optimizer import Optimizers, moments_of, set_learning_rate
-from qloop.storage.tensors import Kind, Piece, SavedTensors, kind_of
+from qloop.storage.tensors import LazyTensor, SavedTensors, TensorSpec, spec_of
 
 
 class ZeroEngine(Engine):
@@ -59,12 +59,12 @@ class ZeroEngine(Engine):
         self._engine.step()
         assert self._engine.was_step_applied(), "the norm was found finite before"
 
-    def collect_weights(self) -> tuple[str, dict[str, Piece]]:
+    def collect_weights(self) -> tuple[str, dict[str, LazyTensor]]:
         """Gives what of the model is saved, with the stem of its files; always as fp32."""
         stem, sources = self._find_sources()
         return stem, {name: _piece(source) for name, source in sources.items()}
 
-    def collect_moments(self) -> dict[str, Piece]:
+    def collect_moments(self) -> dict[str, LazyTensor]:
         """Gives the optimizer's tensors, each under its parameter's name and its own."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -76,7 +76,7 @@ class ZeroEngine(Engine):
                     piece = _piece(torch.tensor(float(value)))
                 else:
                     gather = functools.partial(safe_get_full_optimizer_state, parameter, moment)
-                    piece = Piece(Kind("F32", _whole_shape(parameter)), gather)
+                    piece = LazyTensor(TensorSpec("F32", _whole_shape(parameter)), gather)
                 pieces[f"{name}/{moment}"] = piece
         return pieces
 
@@ -119,14 +119,16 @@ class ZeroEngine(Engine):
     def _find_sources(self) -> tuple[str, dict[str, torch.Tensor]]:
         """Finds the parameter, or the buffer, behind each tensor that is saved."""
         # Of a sharded parameter there is no tensor to rename; one without values stands for it.
-        parameters = dict(self.plain.named_parameters(remove_duplicate=False))
+        parameters = dict(self.unwrapped.named_parameters(remove_duplicate=False))
         by_parameter = {
             id(parameter): torch.empty(_whole_shape(parameter), device="meta")
             for parameter in parameters.values()
         }
         stand_ins = {name: by_parameter[id(parameter)] for name, parameter in parameters.items()}
-        buffers = {name: b for name, b in self.plain.state_dict().items() if name not in stand_ins}
-        stem, weights = collect_weights(self.plain, {**stand_ins, **buffers})
+        buffers = {
+            name: b for name, b in self.unwrapped.state_dict().items() if name not in stand_ins
+        }
+        stem, weights = collect_weights(self.unwrapped, {**stand_ins, **buffers})
         behind = {id(stand_ins[name]): parameter for name, parameter in parameters.items()}
         unknown = [name for name, w in weights.items() if w.is_meta and id(w) not in behind]
         if unknown:
@@ -157,13 +159,13 @@ class ZeroEngine(Engine):
             self._zero._lazy_init_hp_params_optimizer_state()
 
 
-def _piece(source: torch.Tensor) -> Piece:
+def _piece(source: torch.Tensor) -> LazyTensor:
     from deepspeed.utils import safe_get_full_fp32_param
 
     if isinstance(source, torch.nn.Parameter):
-        kind = Kind("F32", _whole_shape(source))
-        return Piece(kind, functools.partial(safe_get_full_fp32_param, source))
-    return Piece(kind_of(source), lambda: source)
+        kind = TensorSpec("F32", _whole_shape(source))
+        return LazyTensor(kind, functools.partial(safe_get_full_fp32_param, source))
+    return LazyTensor(spec_of(source), lambda: source)
 
 
 def _whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:

@@ -47,7 +47,7 @@ def find_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def keep_activations(model: torch.nn.Module, mode: str, offload: bool = False) -> None:
+def set_recomputation(model: torch.nn.Module, mode: str, offload: bool = False) -> None:
     """Sets what is kept in every layer, by its `forward`; names and hooks stay as they are.
 
     Args:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from qloop.config.keys import LoraConfig, ModelConfig
 from qloop.errors import ConfigError, join_names
 from qloop.model.state import collect_weights
-from qloop.storage.tensors import SavedTensors, kind_of
+from qloop.storage.tensors import SavedTensors, spec_of
 
 ADAPTER_METHODS = ("lora", "qlora")
 
@@ -64,7 +64,7 @@ def load_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
 
     stem, weights = collect_weights(model)
     saved = SavedTensors(checkpoint, stem)
-    saved.refuse_misfits({name: kind_of(weight) for name, weight in weights.items()})
+    saved.refuse_misfits({name: spec_of(weight) for name, weight in weights.items()})
     result = peft.set_peft_model_state_dict(model, {name: saved.read(name) for name in weights})
     assert not result.unexpected_keys
 

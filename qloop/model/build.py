@@ -4,36 +4,24 @@ What is trained is fp32, always: at a learning rate of 1e-5 most updates of a bf
 nothing. What is frozen has the compute type (lora) or 4 bits (qlora).
 """
 
-import hashlib
-import struct
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qloop.config.keys import LoraConfig, ModelConfig
 from qloop.errors import CheckpointError, ConfigError
 from qloop.model.adapters import ADAPTER_METHODS, add_adapters, load_adapters
-from qloop.model.pretrained import LOADING_ERRORS, cannot_load, load_model_config
+from qloop.model.pretrained import (
+    LOADING_ERRORS,
+    _attention,
+    _keep_trainable_on_cpu,
+    _load_base,
+    cannot_load,
+    load_model_config,
+)
 from qloop.model.state import collect_weights
-from qloop.storage.tensors import SavedTensors, kind_of
-
-
-def choose_precision(precision: str, device: torch.device) -> str:
-    """Resolves `auto`: bf16 on a GPU that has it in hardware, else fp32.
-
-    A CPU always gets fp32, though some have bf16 too: elsewhere it is hundreds of times slower, and
-    a run should not depend on which of the two machines it met.
-
-    Returns:
-        `bf16` or `fp32`.
-    """
-    if precision != "auto":
-        return precision
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if has_bf16 else "fp32"
+from qloop.storage.tensors import SavedTensors, spec_of
 
 
 def build_model(
@@ -83,46 +71,6 @@ def build_model(
     return model
 
 
-def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Counts all parameters, a 4-bit one as its own size, and those that are trained."""
-    total = trained = 0
-    for parameter in model.parameters():
-        packed = type(parameter).__name__ == "Params4bit"
-        total += parameter.nbytes * 2 if packed else parameter.numel()
-        trained += parameter.numel() if parameter.requires_grad else 0
-    return total, trained
-
-
-def fingerprint_weights(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
-    """Hashes names, types, shapes and a spread of some hundred values of every frozen tensor.
-
-    With `dtype`, as if floating-point tensors had that type.
-
-    It tells one base from another, or from a fine-tuned one, in milliseconds; it does not protect
-    from someone who changes single weights on purpose.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            continue
-        flat = parameter.detach().reshape(-1)
-        scales = getattr(parameter, "quant_state", None)  # of a 4-bit weight
-        if scales is not None:  # kept in numbers of one type or another, with the same bytes
-            flat = flat.view(torch.uint8)
-        shape = tuple(parameter.shape) if scales is None else tuple(scales.shape)
-        some = flat[:: max(1, flat.numel() // 256)]
-        if dtype and some.is_floating_point():
-            some = some.to(dtype)
-        digest.update(f"{name} {some.dtype} {shape}".encode())
-        values = some.double().tolist()
-        digest.update(struct.pack(f"{len(values)}d", *values))
-        if scales is not None:
-            digest.update(scales.absmax.double().cpu().numpy().tobytes())
-            nested = scales.state2.absmax.double().cpu().numpy().tobytes() if scales.nested else b""
-            digest.update(nested)
-    return digest.hexdigest()
-
-
 def _build_full(
     config: ModelConfig, checkpoint: Path | None, reads_weights: bool
 ) -> PreTrainedModel:
@@ -158,96 +106,4 @@ def _refuse_other_weights(config: ModelConfig, checkpoint: Path) -> None:
     model.tie_weights()  # what is tied is saved once
     stem, weights = collect_weights(model)
     saved = SavedTensors(checkpoint, stem)
-    saved.refuse_misfits({name: kind_of(weight) for name, weight in weights.items()})
-
-
-def _load_base(
-    config: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    checkpoint: Path | None = None,
-    is_sharded: bool = False,
-    reads_weights: bool = True,
-) -> PreTrainedModel:
-    """Loads a causal LM, from safetensors only, and makes sure that no weight was made up."""
-    name = str(checkpoint or config.model_name)
-    options: dict[str, Any] = _attention(config)
-    if config.training_method == "qlora":
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype if is_sharded else torch.uint8,
-        )
-        options["device_map"] = {"": device}
-    elif not reads_weights:
-        options["device_map"] = {"": "meta"}
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=None if checkpoint else config.model_revision,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            **options,
-        )
-    except LOADING_ERRORS as error:
-        if checkpoint:
-            raise CheckpointError(f"{checkpoint}: its model cannot be loaded: {error}") from error
-        raise ConfigError(cannot_load("model_name", name, "model", error)) from error
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ConfigError(
-            f"model_name: {name} is an adapter, not a whole model; give its base, or merge the "
-            "two first"
-        )
-    _give_places(model)
-    misshapen = [name for name, module in model.named_modules() if _is_misshapen(module)]
-    wrong = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"], *misshapen)))
-    if wrong:
-        text = f"{len(wrong)} weights are missing or of another shape, the first {wrong[0]}"
-        if checkpoint:
-            raise CheckpointError(f"{checkpoint}: {text}")
-        raise ConfigError(f"model_name: {name}: {text}; is it a causal language model?")
-    return model
-
-
-def _give_places(model: PreTrainedModel) -> None:
-    """Gives memory, untouched, to weights that were not read.
-
-    Accelerate finds an optimizer's parameters again by their address, and without memory all have
-    the same: every weight but one would silently go untrained.
-    """
-    given: dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta:
-                place = given.setdefault(
-                    id(parameter), torch.nn.Parameter(torch.empty_like(parameter, device="cpu"))
-                )
-                setattr(module, name, place)
-
-
-def _keep_trainable_on_cpu(model: PreTrainedModel) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights in the first forward pass without gradients.
-
-    It does so on CPUs that have AVX512-BF16, for good, and the repacked weights pass no gradient:
-    training after an evaluation would fail, or go on with gradients missing.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _is_misshapen(module: torch.nn.Module) -> bool:
-    """Whether a 4-bit layer was made of a weight of another shape; transformers does not look."""
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    return state is not None and tuple(state.shape) != (module.out_features, module.in_features)
-
-
-def _attention(config: ModelConfig) -> dict[str, Any]:
-    """What transformers is told; `documents` is set, and checked, on the model that was built."""
-    own = config.attention in ("auto", "documents")
-    return {} if own else {"attn_implementation": config.attention}
+    saved.refuse_misfits({name: spec_of(weight) for name, weight in weights.items()})

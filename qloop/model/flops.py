@@ -14,7 +14,6 @@ Position 4 of a document attends to 5 positions; with a window of 3, to 3.
     (15, 12)
 """
 
-import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,29 +24,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qloop.data.packing import Integers
-
-# Dense bf16 with fp32 accumulation, in TFLOP/s, from NVIDIA's data sheets and architecture white
-# papers, where what is printed "with sparsity" is halved. By a part of torch's name for the device,
-# of which the first that fits counts.
-_PEAK_TERAFLOPS = {
-    "B200": 2250.0,
-    "H200 NVL": 835.0,
-    "H200": 989.0,
-    "H100 NVL": 835.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "RTX 6000 Ada": 364.0,
-    "RTX 4090": 165.0,
-    "RTX A6000": 155.0,
-    "RTX 3090": 71.0,
-}
-
-_LARGEST_PRODUCT = 8192
-_MEASURING_SECONDS = 0.2
 
 
 class Flops(NamedTuple):
@@ -135,52 +111,6 @@ def count_pairs(lengths: Integers, window: int | None) -> int:
     """Counts (position, attended position) over slices: position i attends to min(i+1, window)."""
     seen = lengths if window is None else np.minimum(lengths, window)
     return int((seen * (seen + 1) // 2 + (lengths - seen) * seen).sum())
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Gives a GPU's data-sheet FLOP/s in dense bf16, None for one that is not in the table.
-
-    Args:
-        device_name: As `torch.cuda.get_device_name` has it: `NVIDIA H100 80GB HBM3`.
-    """
-    found = (peak for name, peak in _PEAK_TERAFLOPS.items() if name in device_name)
-    teraflops = next(found, None)
-    return None if teraflops is None else teraflops * 1e12
-
-
-def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measures the FLOP/s of square matrix products: the best of ever larger ones.
-
-    It ends before a size whose products would take longer than a fifth of a second, so that a CPU
-    that is hundreds of times slower in bf16 does not hold up a run. What a GPU's library takes to
-    begin, which is longer than that, does not count.
-    """
-    generator = torch.Generator(device).manual_seed(0)  # a run's own numbers stay what they are
-    best, size = 0.0, 256
-    while size <= _LARGEST_PRODUCT:
-        matrix = torch.randn(size, size, generator=generator, device=device).to(dtype)
-        # The first product of a size chooses its kernel.
-        seconds = min(_time_product(matrix) for _ in range(3))
-        best = max(best, 2 * size**3 / seconds)
-        if 3 * 8 * seconds > _MEASURING_SECONDS:
-            break
-        size *= 2
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return best
-
-
-def _time_product(matrix: torch.Tensor) -> float:
-    _wait_for(matrix.device)
-    started = time.perf_counter()
-    torch.mm(matrix, matrix)
-    _wait_for(matrix.device)
-    return time.perf_counter() - started
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _attention(width: int, windows: dict[int | None, int], lengths: Integers) -> Flops:

@@ -2,13 +2,24 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
+import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig
+from tokenizers import AddedToken
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from qloop.config.keys import ModelConfig
-from qloop.errors import ConfigError
+from qloop.errors import CheckpointError, ConfigError
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError, StrictDataclassError)
 """What transformers raises when something that a user named cannot be loaded."""
@@ -70,3 +81,130 @@ def cannot_load(key: str, name: str, what: str, error: Exception) -> str:
         return f"attention: {reason.rstrip('.')}; use auto"
     reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
     return f"{key}: no {what} could be loaded from {name} ({where}): {reason}"
+
+
+def _load_base(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    is_sharded: bool = False,
+    reads_weights: bool = True,
+) -> PreTrainedModel:
+    """Loads a causal LM, from safetensors only, and makes sure that no weight was made up."""
+    name = str(checkpoint or config.model_name)
+    options: dict[str, Any] = _attention(config)
+    if config.training_method == "qlora":
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if is_sharded else torch.uint8,
+        )
+        options["device_map"] = {"": device}
+    elif not reads_weights:
+        options["device_map"] = {"": "meta"}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=None if checkpoint else config.model_revision,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **options,
+        )
+    except LOADING_ERRORS as error:
+        if checkpoint:
+            raise CheckpointError(f"{checkpoint}: its model cannot be loaded: {error}") from error
+        raise ConfigError(cannot_load("model_name", name, "model", error)) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            f"model_name: {name} is an adapter, not a whole model; give its base, or merge the "
+            "two first"
+        )
+    _give_places(model)
+    misshapen = [name for name, module in model.named_modules() if _is_misshapen(module)]
+    wrong = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"], *misshapen)))
+    if wrong:
+        text = f"{len(wrong)} weights are missing or of another shape, the first {wrong[0]}"
+        if checkpoint:
+            raise CheckpointError(f"{checkpoint}: {text}")
+        raise ConfigError(f"model_name: {name}: {text}; is it a causal language model?")
+    return model
+
+
+def _give_places(model: PreTrainedModel) -> None:
+    """Gives memory, untouched, to weights that were not read.
+
+    Accelerate finds an optimizer's parameters again by their address, and without memory all have
+    the same: every weight but one would silently go untrained.
+    """
+    given: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                place = given.setdefault(
+                    id(parameter), torch.nn.Parameter(torch.empty_like(parameter, device="cpu"))
+                )
+                setattr(module, name, place)
+
+
+def _keep_trainable_on_cpu(model: PreTrainedModel) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights in the first forward pass without gradients.
+
+    It does so on CPUs that have AVX512-BF16, for good, and the repacked weights pass no gradient:
+    training after an evaluation would fail, or go on with gradients missing.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _is_misshapen(module: torch.nn.Module) -> bool:
+    """Whether a 4-bit layer was made of a weight of another shape; transformers does not look."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return state is not None and tuple(state.shape) != (module.out_features, module.in_features)
+
+
+def _attention(config: ModelConfig) -> dict[str, Any]:
+    """What transformers is told; `documents` is set, and checked, on the model that was built."""
+    own = config.attention in ("auto", "documents")
+    return {} if own else {"attn_implementation": config.attention}
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer, with every added token made special.
+
+    `split_special_tokens` keeps text that spells a special token as text, but only if the token is
+    marked special, and Qwen2.5 does not mark its `<|fim_prefix|>` and `<|file_sep|>`.
+
+    Raises:
+        ConfigError: There is none, or it has no end token.
+    """
+    name = config.tokenizer_name or config.model_name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=None if config.tokenizer_name else config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+        if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+            # Some kinds of model get one made up, with nothing in it.
+            raise ValueError("it has no tokenizer files")
+    except LOADING_ERRORS as error:
+        key = "tokenizer_name" if config.tokenizer_name else "model_name"
+        raise ConfigError(cannot_load(key, name, "tokenizer", error)) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"tokenizer_name: the tokenizer of {name} has no end-of-text token, so the model could "
+            "not learn where a document ends; set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.is_fast:
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        tokenizer.backend_tokenizer.add_special_tokens(
+            [AddedToken(str(token), special=True, normalized=False) for token in added]
+        )
+    return tokenizer

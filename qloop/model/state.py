@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import hashlib
 import io
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -67,3 +69,43 @@ def collect_model_files(model: Any) -> dict[str, bytes]:
 
 def _read_folder(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Counts all parameters, a 4-bit one as its own size, and those that are trained."""
+    total = trained = 0
+    for parameter in model.parameters():
+        packed = type(parameter).__name__ == "Params4bit"
+        total += parameter.nbytes * 2 if packed else parameter.numel()
+        trained += parameter.numel() if parameter.requires_grad else 0
+    return total, trained
+
+
+def fingerprint_weights(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
+    """Hashes names, types, shapes and a spread of some hundred values of every frozen tensor.
+
+    With `dtype`, as if floating-point tensors had that type.
+
+    It tells one base from another, or from a fine-tuned one, in milliseconds; it does not protect
+    from someone who changes single weights on purpose.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            continue
+        flat = parameter.detach().reshape(-1)
+        scales = getattr(parameter, "quant_state", None)  # of a 4-bit weight
+        if scales is not None:  # kept in numbers of one type or another, with the same bytes
+            flat = flat.view(torch.uint8)
+        shape = tuple(parameter.shape) if scales is None else tuple(scales.shape)
+        some = flat[:: max(1, flat.numel() // 256)]
+        if dtype and some.is_floating_point():
+            some = some.to(dtype)
+        digest.update(f"{name} {some.dtype} {shape}".encode())
+        values = some.double().tolist()
+        digest.update(struct.pack(f"{len(values)}d", *values))
+        if scales is not None:
+            digest.update(scales.absmax.double().cpu().numpy().tobytes())
+            nested = scales.state2.absmax.double().cpu().numpy().tobytes() if scales.nested else b""
+            digest.update(nested)
+    return digest.hexdigest()

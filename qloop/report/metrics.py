@@ -1,20 +1,12 @@
 """Files that a program reads: one JSON line per step, and the held-out results."""
 
-import dataclasses
-import json
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
 
-import psutil
 import torch
 
 from qloop.data.packing import BlockIndex, Integers
+from qloop.hardware import measure_memory
 from qloop.model.flops import ModelFlops
-from qloop.report.files import LineFile
-from qloop.run_directory import write_atomically, write_json
 from qloop.steps import Progress
 
 
@@ -49,14 +41,6 @@ class StepRecord:
     """The most of it since the start of the process."""
     reserved_memory_bytes: int
     """What torch keeps of the GPU, in use or not; on a CPU, the same as memory_bytes."""
-
-
-class Memory(NamedTuple):
-    """Bytes, as in StepRecord."""
-
-    now: int
-    peak: int
-    reserved: int
 
 
 @dataclass(frozen=True)
@@ -131,73 +115,3 @@ def build_step_record(
         peak_memory_bytes=memory.peak,
         reserved_memory_bytes=memory.reserved,
     )
-
-
-def measure_memory(device: torch.device) -> Memory:
-    """Asks torch for a GPU's memory, and the system for this process's."""
-    if device.type == "cuda":
-        stats = torch.cuda.memory_stats(device)  # empty before the GPU's first use
-        names = ("allocated_bytes.all.current", "allocated_bytes.all.peak")
-        return Memory(*(stats.get(name, 0) for name in (*names, "reserved_bytes.all.current")))
-    resident = int(psutil.Process().memory_info().rss)
-    return Memory(resident, max(resident, _read_peak_memory()), resident)
-
-
-def _read_peak_memory() -> int:
-    """Reads it where Linux has it: what getrusage gives holds that of the launcher too."""
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else 0
-
-
-class MetricsFile:
-    """metrics.jsonl: every line is on its way to the disk when its step ends."""
-
-    def __init__(self, file: Path, after_step: int, complain: Callable[[str], None]) -> None:
-        """Cuts the file back to a step, so that none appears twice, and goes on behind it."""
-        lines = [
-            json.dumps(record) for record in read_records(file) if record["step"] <= after_step
-        ]
-        write_atomically(file, "".join(f"{line}\n" for line in lines))
-        self._lines = LineFile(file, complain)
-
-    def write(self, record: StepRecord) -> None:
-        """Appends a line."""
-        self._lines.write(json.dumps(dataclasses.asdict(record)) + "\n")
-
-    def close(self) -> None:
-        """Ends the file."""
-        self._lines.close()
-
-    def flush(self) -> None:
-        """Tries again to write what the disk refused."""
-        self._lines.write("")
-
-
-def read_records(file: Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl; a last line that a crash cut short is left out."""
-    if not file.exists():
-        return []
-    records = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-class EvalResultsFile:
-    """eval_results.json: a list of the held-out results by step."""
-
-    def __init__(self, file: Path, after_step: int) -> None:
-        """Cuts the list back to a step."""
-        self._file = file
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-        self.results: list[dict[str, Any]] = [r for r in before if r["step"] <= after_step]
-
-    def write(self, step: int, result: dict[str, Any]) -> None:
-        """Appends a result, in place of an older one of the same step."""
-        self.results = [r for r in self.results if r["step"] != step]
-        self.results.append({"step": step, **result})
-        write_json(self._file, self.results)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from qloop.data.corpus import Corpus
 from qloop.data.packing import BlockIndex
-from qloop.data.tokens import Corpus
 
 
 def describe_corpus(

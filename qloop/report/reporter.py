@@ -7,12 +7,15 @@ from pathlib import Path
 
 from qloop.config.keys import Config
 from qloop.errors import CheckpointError
-from qloop.evaluation.held_out import Evaluation, Sample
+from qloop.evaluation.completions import Sample
+from qloop.evaluation.held_out import Evaluation
 from qloop.report.console import Console
-from qloop.report.metrics import EvalResultsFile, MetricsFile, StepRecord, read_records
+from qloop.report.files import EvalResultsFile, MetricsFile, read_records
+from qloop.report.metrics import StepRecord
 from qloop.report.plot import plot_losses
 from qloop.report.trackers import Trackers
-from qloop.run_directory import RunDirectory, write_atomically, write_json
+from qloop.run_directory import RunDirectory
+from qloop.storage.folders import write_atomically, write_json
 
 
 class Reporter:

@@ -28,7 +28,7 @@ INDEX = ".safetensors.index.json"
 _BYTES = {name: dtype.itemsize for dtype, name in _TYPES.items()}
 
 
-class Kind(NamedTuple):
+class TensorSpec(NamedTuple):
     """Type and shape of a tensor, as a safetensors header names them."""
 
     dtype: str
@@ -40,15 +40,15 @@ class Kind(NamedTuple):
         return _BYTES[self.dtype] * math.prod(self.shape)
 
 
-class Piece(NamedTuple):
+class LazyTensor(NamedTuple):
     """A tensor that is to be saved, and that may lie in shards on many ranks."""
 
-    kind: Kind
+    kind: TensorSpec
     gather: Callable[[], torch.Tensor]
     """Gives it whole; where it is sharded, every rank has to call it, in the same order."""
 
 
-def kind_of(tensor: torch.Tensor) -> Kind:
+def spec_of(tensor: torch.Tensor) -> TensorSpec:
     """Gives a tensor's type and shape.
 
     Raises:
@@ -56,16 +56,16 @@ def kind_of(tensor: torch.Tensor) -> Kind:
     """
     if tensor.dtype not in _TYPES:
         raise CheckpointError(f"a tensor of type {tensor.dtype} cannot be saved")
-    return Kind(_TYPES[tensor.dtype], tuple(tensor.shape))
+    return TensorSpec(_TYPES[tensor.dtype], tuple(tensor.shape))
 
 
-def align(kinds: Mapping[str, Kind]) -> dict[str, Kind]:
+def align(kinds: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """Puts the widest types first, so that every tensor of a file is aligned to its own size."""
     return dict(sorted(kinds.items(), key=lambda item: (-_BYTES[item[1].dtype], item[0])))
 
 
 def encode_tensors(
-    kinds: Mapping[str, Kind], tensors: Iterable[torch.Tensor]
+    kinds: Mapping[str, TensorSpec], tensors: Iterable[torch.Tensor]
 ) -> Iterator[memoryview]:
     """Yields the bytes of a safetensors file; each tensor is copied to the CPU in its turn.
 
@@ -86,13 +86,12 @@ def encode_tensors(
         yield flat.view(torch.uint8).numpy().data
 
 
-def deal_out(kinds: Mapping[str, Kind], num_writers: int) -> list[dict[str, Kind]]:
+def deal_out(kinds: Mapping[str, TensorSpec], num_writers: int) -> list[dict[str, TensorSpec]]:
     """Deals tensors to writers, the largest first, each to the one with the fewest bytes so far.
 
-    >>> deal_out({"a": Kind("F32", (4,)), "b": Kind("F32", (3,)), "c": Kind("F32", (2,))}, 2)
-    [{'a': Kind(dtype='F32', shape=(4,))}, {'b': ..., 'c': ...}]
+    Of three tensors of 4, 3 and 2 values, two writers get [4] and [3, 2].
     """
-    shares: list[dict[str, Kind]] = [{} for _ in range(num_writers)]
+    shares: list[dict[str, TensorSpec]] = [{} for _ in range(num_writers)]
     sizes = [0] * num_writers
     for name in sorted(kinds, key=lambda name: (-kinds[name].nbytes, name)):
         writer = sizes.index(min(sizes))
@@ -108,7 +107,7 @@ def name_parts(stem: str, count: int) -> list[str]:
     return [f"{stem}-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
 
 
-def index_of(parts: Mapping[str, Mapping[str, Kind]]) -> bytes:
+def index_of(parts: Mapping[str, Mapping[str, TensorSpec]]) -> bytes:
     """Says which tensor is in which file, as transformers reads it: stem + INDEX."""
     size = sum(kind.nbytes for kinds in parts.values() for kind in kinds.values())
     where = {name: file for file, kinds in parts.items() for name in kinds}
@@ -116,7 +115,9 @@ def index_of(parts: Mapping[str, Mapping[str, Kind]]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def gather_mine(pieces: Mapping[str, Piece], names: Mapping[str, Kind]) -> Iterator[torch.Tensor]:
+def gather_mine(
+    pieces: Mapping[str, LazyTensor], names: Mapping[str, TensorSpec]
+) -> Iterator[torch.Tensor]:
     """Yields the tensors of some names, in their order; takes part in gathering all others too.
 
     Args:
@@ -141,7 +142,7 @@ class SavedTensors:
         whole = folder / f"{stem}.safetensors"
         files = [whole] if whole.exists() else sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
         self.place = folder / f"{stem}*.safetensors" if len(files) > 1 else whole
-        self.kinds: dict[str, Kind] = {}
+        self.kinds: dict[str, TensorSpec] = {}
         self._files: dict[str, Path] = {}
         for file in files or [whole]:
             kinds = _read_kinds(file)
@@ -155,7 +156,7 @@ class SavedTensors:
                 return opened.get_tensor(name)  # type: ignore[no-any-return]
             return opened.get_slice(name)[rows]  # type: ignore[no-any-return]
 
-    def refuse_misfits(self, expected: Mapping[str, Kind]) -> None:
+    def refuse_misfits(self, expected: Mapping[str, TensorSpec]) -> None:
         """Compares names, types and shapes with those of the live model.
 
         Raises:
@@ -181,19 +182,19 @@ class SavedTensors:
             raise CheckpointError(f"{self.place}: {'; '.join(problems)}")
 
 
-def _read_kinds(file: Path) -> dict[str, Kind]:
+def _read_kinds(file: Path) -> dict[str, TensorSpec]:
     try:
         with safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {
-                name: Kind(part.get_dtype(), tuple(part.get_shape()))
+                name: TensorSpec(part.get_dtype(), tuple(part.get_shape()))
                 for name, part in slices.items()
             }
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: not readable: {error}") from error
 
 
-def _show(kind: Kind) -> str:
+def _show(kind: TensorSpec) -> str:
     return f"{kind.dtype} {list(kind.shape)}"
 
 
@@ -209,13 +210,13 @@ class HostCopies:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def take(
-        self, file: str, kinds: Mapping[str, Kind], tensors: Iterable[torch.Tensor]
+        self, file: str, kinds: Mapping[str, TensorSpec], tensors: Iterable[torch.Tensor]
     ) -> list[torch.Tensor]:
         """Copies a file's tensors; whole on return, and overwritten by the next call."""
         copies = []
         for name, tensor in zip(kinds, tensors, strict=True):
             buffer = self._buffers.get((file, name))
-            if buffer is None or kind_of(buffer) != kind_of(tensor):
+            if buffer is None or spec_of(buffer) != spec_of(tensor):
                 # Pinned memory lets the GPU write all copies at its own pace.
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self._buffers[file, name] = buffer

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from qloop.report.metrics import measure_memory
+from qloop.hardware import measure_memory
 
 
 class Setup(NamedTuple):
@@ -230,7 +230,7 @@ def run_qloop(setup: Setup, **keys: str) -> list[Record]:
     """The real command's own parts, with its defaults, but for what is saved at the end."""
     from qloop.config.loading import load_config
     from qloop.distributed.stops import StopRequest
-    from qloop.report.metrics import read_records
+    from qloop.report.files import read_records
     from qloop.run import assemble
     from qloop.train import run_steps
 
@@ -286,7 +286,7 @@ CONTESTANTS = {
 
 
 def main() -> None:
-    from qloop.model.flops import measure_matmul_flops
+    from qloop.hardware import measure_matmul_flops
 
     name, file = sys.argv[1:]
     setup = Setup(**json.loads(Path(file).read_text()))

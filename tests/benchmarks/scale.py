@@ -22,10 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from qloop.data.batches import block_ids_at, build_micro_batch
+from qloop.data.batches import build_micro_batch
 from qloop.data.indexes import load_index
 from qloop.data.packing import Integers
 from qloop.data.tokens import TokenStore
+from qloop.steps import block_ids_at
 
 BLOCK_LENGTH = 2048
 MICRO_BATCHES = 5000

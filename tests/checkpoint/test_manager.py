@@ -12,21 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qloop.checkpoint.manager import CheckpointManager, count_free_memory
-from qloop.checkpoint.saved import read_checkpoint, restore
+from qloop.checkpoint.manager import CheckpointManager
+from qloop.checkpoint.resume import read_checkpoint, restore
 from qloop.checkpoint.store import CheckpointStore, DamagedError
 from qloop.errors import CheckpointError, LockedError
+from qloop.hardware import count_free_memory
 from qloop.run import Assembly, assemble
 from qloop.storage.filesystem import FileSystem
 from qloop.storage.tensors import (
-    Kind,
-    Piece,
+    LazyTensor,
     SavedTensors,
+    TensorSpec,
     align,
     deal_out,
     encode_tensors,
     gather_mine,
-    kind_of,
+    spec_of,
 )
 from qloop.train import train
 
@@ -57,8 +58,8 @@ def put_on(disk: FileSystem, parts: Assembly, **keys) -> tuple[CheckpointManager
     said: list[str] = []
     store = CheckpointStore(parts.run.checkpoints, disk)
     section = parts.config.checkpoint.model_copy(update=keys)
-    origins, files = parts.checkpoints._origins, parts.checkpoints._files
-    manager = CheckpointManager(store, section, parts.accelerator, origins, files, said.append)
+    provenance, files = parts.checkpoints._provenance, parts.checkpoints._files
+    manager = CheckpointManager(store, section, parts.accelerator, provenance, files, said.append)
     return manager, said
 
 
@@ -76,8 +77,8 @@ def save(
     return parts.run.checkpoint_path(step)
 
 
-def kinds_of(tensors: dict[str, torch.Tensor]) -> dict[str, Kind]:
-    return align({name: kind_of(tensor) for name, tensor in tensors.items()})
+def kinds_of(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    return align({name: spec_of(tensor) for name, tensor in tensors.items()})
 
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -173,9 +174,9 @@ def test_progress_is_readable(parts):
     checkpoint = read_checkpoint(save(parts))
     assert (checkpoint.progress.step, checkpoint.progress.blocks_seen) == (1, 4)
     assert checkpoint.progress.tokens_seen == 99
-    assert checkpoint.origins.config["schedule"]["learning_rate"] == 0.01
-    assert set(checkpoint.origins.fingerprints) == {"corpus", "tokenizer", "frozen_weights"}
-    assert checkpoint.origins.step_blocks == 4
+    assert checkpoint.provenance.config["schedule"]["learning_rate"] == 0.01
+    assert set(checkpoint.provenance.fingerprints) == {"corpus", "tokenizer", "frozen_weights"}
+    assert checkpoint.provenance.step_blocks == 4
 
 
 def test_a_manifest_vouches_for_every_file(parts):
@@ -218,7 +219,7 @@ def test_a_tensor_that_is_no_contiguous_memory_is_written_by_its_values(tmp_path
 
 def test_a_type_that_has_no_name_in_the_format_is_refused():
     with pytest.raises(CheckpointError, match="complex64 cannot be saved"):
-        kind_of(torch.zeros(2, dtype=torch.complex64))
+        spec_of(torch.zeros(2, dtype=torch.complex64))
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ def test_tensors_of_another_name_type_or_shape_are_not_loaded(tmp_path, name, te
     file = tmp_path / "t.safetensors"
     save_file({name: tensor}, file)
     with pytest.raises(CheckpointError, match=message):
-        SavedTensors(tmp_path, "t").refuse_misfits({"a": kind_of(torch.zeros(2))})
+        SavedTensors(tmp_path, "t").refuse_misfits({"a": spec_of(torch.zeros(2))})
 
 
 @given(
@@ -245,7 +246,7 @@ def test_tensors_of_another_name_type_or_shape_are_not_loaded(tmp_path, name, te
     st.integers(1, 5),
 )
 def test_every_tensor_is_dealt_to_one_writer(kinds, num_writers):
-    dealt = {n: kind_of(torch.empty(shape, dtype=dtype)) for n, (dtype, shape) in kinds.items()}
+    dealt = {n: spec_of(torch.empty(shape, dtype=dtype)) for n, (dtype, shape) in kinds.items()}
     shares = deal_out(dealt, num_writers)
     assert len(shares) == num_writers
     assert sorted(name for share in shares for name in share) == sorted(dealt)
@@ -272,8 +273,8 @@ def test_gathering_ones_own_takes_part_in_gathering_the_others():
         asked.append(name)
         return torch.zeros(1)
 
-    kind = kind_of(torch.zeros(1))
-    pieces = {name: Piece(kind, functools.partial(gather, name)) for name in ("a", "b", "c")}
+    kind = spec_of(torch.zeros(1))
+    pieces = {name: LazyTensor(kind, functools.partial(gather, name)) for name in ("a", "b", "c")}
     assert len(list(gather_mine(pieces, {"b": kind}))) == 1
     assert list(gather_mine(pieces, {})) == []
     assert asked == ["a", "b", "c"] * 2
@@ -361,7 +362,7 @@ def test_a_save_behind_the_loop_holds_the_step_it_was_taken_at(parts):
         for parameter in parts.model.parameters():
             parameter.add_(1.0)
             parts.engine.optimizer.state[parameter]["exp_avg"].add_(1.0)
-    manager.settle(wait=True)
+    manager.poll(wait=True)
     saved = load_file(parts.run.checkpoint_path(1) / "model.safetensors")
     assert all(torch.equal(saved[name], here[name]) for name in saved)
     optimizer = load_file(parts.run.checkpoint_path(1) / "optimizer.safetensors")
@@ -373,7 +374,7 @@ def test_the_next_save_waits_for_the_one_before(parts):
     manager, said = put_on(FileSystem(), parts, async_checkpoint=True)
     for step in (1, 2, 3):
         save(parts, step, manager)
-    manager.settle(wait=True)
+    manager.poll(wait=True)
     assert [line.split()[1].rsplit("-", 1)[1] for line in said] == ["1", "2", "3"]
 
 
@@ -411,7 +412,7 @@ def test_training_goes_on_over_a_full_disk_until_too_many_saves_failed(parts, is
 
     def save_now(step: int) -> None:
         save(parts, step, manager)
-        manager.settle(wait=True)
+        manager.poll(wait=True)
 
     save_now(1)
     disk.is_full = True
@@ -465,12 +466,12 @@ def test_a_folder_that_another_process_has_taken_gets_no_checkpoint(parts):
 
 
 def test_a_disk_too_small_for_what_is_to_come_is_told_before(parts, monkeypatch):
-    assert parts.checkpoints.warn_of_space(parts.engine, 0, 6) == []
+    assert parts.checkpoints.describe_space(parts.engine, 0, 6) == []
     disk = FileSystem()
     monkeypatch.setattr(disk, "count_free_bytes", lambda path: 200_000)
     manager, _ = put_on(disk, parts, save_steps=1)
     size = verify(save(parts)).total_bytes
-    [warning] = manager.warn_of_space(parts.engine, 0, 6)
+    [warning] = manager.describe_space(parts.engine, 0, 6)
     assert "200 kB are free" in warning
     each = float(warning.split("(")[1].split(" ")[0]) * 1e6
     assert each == pytest.approx(size, rel=0.03)

@@ -7,18 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from qloop.checkpoint.resume import Step, divide_step
-from qloop.checkpoint.saved import Checkpoint, Origins, read_checkpoint, restore
+from qloop.checkpoint.resume import read_checkpoint, restore
 from qloop.config.keys import Config
-from qloop.config.loading import load_config
-from qloop.data.batches import block_ids_at
 from qloop.errors import CheckpointError, ConfigError
 from qloop.run import assemble
-from qloop.steps import Progress
 from qloop.train import train
 
 
@@ -141,7 +135,7 @@ def test_another_optimizer_is_refused_and_where_it_is_allowed_its_moments_start_
 def test_moments_that_are_merely_paged_go_on(config, make_config):
     checkpoint = read_checkpoint(checkpoints_of(config) / "checkpoint-6")
     parts = assemble(make_config(experiment_name="other"), [])
-    checkpoint.origins.config["optimizer"]["optimizer"] = "paged_adamw"
+    checkpoint.provenance.config["optimizer"]["optimizer"] = "paged_adamw"
     assert restore(parts.engine, checkpoint, "adamw") == ""
     parts.close()
     saved = load_file(checkpoint.path / "optimizer.safetensors")
@@ -157,7 +151,9 @@ def test_another_step_size_goes_on_with_the_next_block(make_config):
     larger = {**keys, "batch_size": 3, "max_steps": 5}
     with pytest.raises(ConfigError, match="batch_size: 2 -> 3"):
         train(make_config(**larger), [])
-    with pytest.raises(ConfigError, match="do not divide by batch_size 3 x 1 "):
+    with pytest.raises(
+        ConfigError, match="cannot be divided into micro-batches of batch_size 3 on 1 processes"
+    ):
         train(make_config(**larger, allow_change="batch_size"), [])
     config = make_config(**larger, allow_change="batch_size,step_blocks")
     train(config, [])
@@ -199,61 +195,3 @@ def test_a_refused_start_leaves_no_folder_and_no_lock(make_config, tmp_path):
         with pytest.raises(Exception, match="nowhere"):
             train(config, [])
     assert not (config.run.output_dir / "run").exists()
-
-
-# Other numbers of processes
-
-
-def saved_with(step_blocks: int) -> Checkpoint:
-    return Checkpoint(Path("checkpoint-3"), Progress(3), Origins({}, {}, step_blocks))
-
-
-def batch(batch_size: int, accumulation: int, **run: str) -> Config:
-    keys = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation, **run}
-    return load_config(None, {key: str(value) for key, value in keys.items()}).config
-
-
-def test_the_first_start_decides_the_blocks_of_a_step():
-    assert divide_step(batch(2, 8), 4, None) == Step(64, 8)
-
-
-def test_on_more_processes_each_accumulates_less():
-    step = divide_step(batch(1, 8), 4, saved_with(16))
-    assert (step.blocks, step.accumulation) == (16, 4)
-    assert "gradient_accumulation_steps is 4 on every process, not 8" in step.notes[0]
-
-
-def test_on_the_same_number_of_processes_nothing_is_said():
-    assert divide_step(batch(1, 8), 2, saved_with(16)) == Step(16, 8)
-
-
-def test_processes_that_do_not_divide_a_step_are_refused_with_those_that_do():
-    with pytest.raises(ConfigError, match=r"reads 16 blocks.*start 1, 2, 4, 8 or 16 processes"):
-        divide_step(batch(1, 8), 3, saved_with(16))
-    with pytest.raises(ConfigError, match="start 1, 2 or 4 processes"):
-        divide_step(batch(4, 8), 8, saved_with(16))
-    with pytest.raises(ConfigError, match="lower batch_size"):
-        divide_step(batch(3, 1), 1, saved_with(16))
-
-
-def test_a_step_becomes_another_only_by_name():
-    assert divide_step(batch(1, 8, allow_change="step_blocks"), 3, saved_with(16)) == Step(24, 8)
-
-
-@given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 12), st.integers(0, 1000))
-def test_the_micro_batches_of_a_step_are_the_same_on_any_number_of_processes(
-    batch_size, micro_batches, num_processes, blocks_seen
-):
-    """Micro-batch m is the same blocks under the same seed, whichever rank has it."""
-    if micro_batches % num_processes:
-        return
-    step = divide_step(batch(batch_size, 1), num_processes, saved_with(batch_size * micro_batches))
-    block_ids = block_ids_at(blocks_seen, step.blocks, 37, seed=5)
-    dealt = block_ids.reshape(step.accumulation, num_processes, batch_size)
-    by_number = {
-        number * num_processes + rank: dealt[number, rank].tolist()
-        for number in range(step.accumulation)
-        for rank in range(num_processes)
-    }
-    alone = block_ids.reshape(micro_batches, batch_size)
-    assert by_number == {number: ids.tolist() for number, ids in enumerate(alone)}

@@ -99,7 +99,7 @@ def test_a_flag_replaces_even_a_wrong_value_of_the_file():
 
 
 def test_the_origin_of_each_given_key_is_known():
-    origins = load("learning_rate = 3e-4\nbatch_size = 2\n", learning_rate="1e-5").origins
+    origins = load("learning_rate = 3e-4\nbatch_size = 2\n", learning_rate="1e-5").given_in
     assert origins == {"learning_rate": "command line", "batch_size": "config.toml"}
 
 
@@ -471,7 +471,7 @@ def test_the_seed_block_loads_unchanged():
 def test_base_model_is_model_name():
     loaded = load("model:\n  base_model: Qwen/Qwen2.5-1.5B\n", ".yaml")
     assert loaded.config.model.model_name == "Qwen/Qwen2.5-1.5B"
-    assert loaded.origins == {"model_name": "config.yaml"}
+    assert loaded.given_in == {"model_name": "config.yaml"}
 
 
 def test_the_lora_keys_of_the_seed_block_are_told_to_be_unused():

@@ -12,16 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import qloop.data.batches
-from qloop.data.batches import (
-    IGNORED,
-    MicroBatch,
-    StepReader,
-    block_ids_at,
-    build_micro_batch,
-    count_targets,
-)
+from qloop.data.batches import IGNORED, MicroBatch, StepReader, build_micro_batch, count_targets
 from qloop.data.packing import BlockIndex, pack_best_fit, pack_wrapped
 from qloop.data.tokens import TokenStore
+from qloop.steps import block_ids_at
 
 PACKINGS = {"best_fit": pack_best_fit, "wrapped": pack_wrapped}
 both_packings = pytest.mark.parametrize("packing", ["best_fit", "wrapped"])

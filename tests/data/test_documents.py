@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from qloop.data.documents import (
     Document,
     Refusal,
-    hash_files,
     iterate_documents,
     iterate_rows,
     list_source_files,
 )
 from qloop.errors import DataError
+from qloop.storage.folders import hash_files
 
 GOOD = b'{"text": "select from trade"}'
 

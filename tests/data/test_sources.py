@@ -8,9 +8,8 @@ import datasets
 import pytest
 
 from qloop.config.keys import DataConfig
-from qloop.data.documents import Document, Refusal
+from qloop.data.documents import Document, Refusal, Source
 from qloop.data.sources import find_sources
-from qloop.data.tokens import Source
 from qloop.errors import DataError
 
 

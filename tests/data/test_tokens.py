@@ -18,18 +18,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from workspace import load_corpus
 
 from qloop.config.keys import DataConfig, ModelConfig
-from qloop.data.documents import Document, Refusal
+from qloop.data.corpus import Corpus, is_held_out, open_corpus
+from qloop.data.documents import Document, Refusal, Source
+from qloop.data.encoder import Encoder, build_encoder
 from qloop.data.sources import find_sources
-from qloop.data.tokens import (
-    Corpus,
-    Encoder,
-    Source,
-    TokenStore,
-    is_held_out,
-    open_corpus,
-)
+from qloop.data.tokens import TokenStore
 from qloop.errors import DataError
-from qloop.model.tokenizer import build_encoder, load_tokenizer
+from qloop.model.pretrained import load_tokenizer
 
 END = "<|endoftext|>"
 

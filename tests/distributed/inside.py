@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from qloop.config.loading import load_config
 from qloop.distributed.accelerator import build_accelerator, build_engine, reads_weights
-from qloop.model.build import build_model, choose_precision
+from qloop.hardware import choose_precision
+from qloop.model.build import build_model
 
 
 def resident_bytes() -> int:
@@ -48,7 +49,7 @@ def main() -> None:
     size = sum(parameter.nbytes for parameter in model.parameters())
     engine = build_engine(accelerator, model, config, 1)
     del model
-    parameters = dict(engine.plain.named_parameters())
+    parameters = dict(engine.unwrapped.named_parameters())
     four_bits = [p for n, p in parameters.items() if n.endswith("base_layer.weight")]
     facts = {
         "model_bytes": size,
@@ -61,7 +62,7 @@ def main() -> None:
         "optimized": len({id(p) for g in engine.optimizer.param_groups for p in g["params"]}),
         "sharded_base_layers": sum(isinstance(p, DTensor) for p in four_bits),
         "base_layers": len(four_bits),
-        "buffers": float(sum(buffer.double().sum() for buffer in engine.plain.buffers())),
+        "buffers": float(sum(buffer.double().sum() for buffer in engine.unwrapped.buffers())),
         "checksum": sum(float(_whole(p).double().abs().sum()) for p in engine.trained.values()),
     }
     (folder / f"{accelerator.process_index}.json").write_text(json.dumps(facts))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qloop.data.batches import build_micro_batch
-from qloop.evaluation.held_out import evaluate, sample_completions
+from qloop.evaluation.completions import sample_completions
+from qloop.evaluation.held_out import evaluate
 from qloop.model.loss import compute_logits
 from qloop.run import assemble
 

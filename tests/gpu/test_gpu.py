@@ -147,7 +147,7 @@ def test_a_step_reads_values_in_one_place(workspace, method, tmp_path):
 def test_the_model_attends_by_documents_and_learns(workspace):
     reset_accelerate()
     parts = assemble(workspace.make_config(), [])
-    assert parts.engine.plain.config._attn_implementation == DOCUMENTS
+    assert parts.engine.unwrapped.config._attn_implementation == DOCUMENTS
     parts.close()
     losses = workspace.losses("learns", max_steps=20, warmup_steps=2)
     assert losses[-1] < 0.8 * losses[0]

@@ -12,7 +12,7 @@ from workspace import write_model_config
 from qloop.config.keys import LoraConfig, ModelConfig
 from qloop.data.batches import MicroBatch
 from qloop.errors import ConfigError
-from qloop.model.activations import choose_policy, find_layers, keep_activations
+from qloop.model.activations import choose_policy, find_layers, set_recomputation
 from qloop.model.attention import attention_inputs
 from qloop.model.build import build_model
 from qloop.model.loss import next_token_loss
@@ -32,7 +32,7 @@ def build(folder, method="full", mode="off", offload=False, attention="documents
     config = ModelConfig(model_name=str(folder / "base"), training_method=method)
     model = build_model(config, LoraConfig(lora_dropout=0.3), "fp32", CPU, seed=0)
     model.set_attn_implementation(attention)
-    keep_activations(model, mode, offload)
+    set_recomputation(model, mode, offload)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.fill_(0.01)  # at 0, nothing reaches lora_A
@@ -169,5 +169,5 @@ def test_names_stay_as_they_are(tmp_path):
 
 def test_a_model_that_does_not_tell_its_layers_is_refused():
     with pytest.raises(ConfigError, match="gradient_checkpointing: full needs to know"):
-        keep_activations(torch.nn.Linear(2, 2), "full")
-    keep_activations(torch.nn.Linear(2, 2), "off")
+        set_recomputation(torch.nn.Linear(2, 2), "full")
+    set_recomputation(torch.nn.Linear(2, 2), "off")

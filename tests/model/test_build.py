@@ -22,12 +22,13 @@ from workspace import ARCHITECTURES, write_model_config
 from qloop.config.keys import LoraConfig, ModelConfig
 from qloop.data.batches import MicroBatch
 from qloop.errors import CheckpointError, ConfigError
-from qloop.model.activations import keep_activations
-from qloop.model.build import build_model, choose_precision, count_parameters, fingerprint_weights
+from qloop.hardware import choose_precision
+from qloop.model.activations import set_recomputation
+from qloop.model.build import build_model
 from qloop.model.isolation import check_isolation, measure_isolation
 from qloop.model.loss import compute_logits, next_token_loss, predict
-from qloop.model.pretrained import check_sizes, load_model_config
-from qloop.model.tokenizer import load_tokenizer
+from qloop.model.pretrained import check_sizes, load_model_config, load_tokenizer
+from qloop.model.state import count_parameters, fingerprint_weights
 
 CPU = torch.device("cpu")
 VOCABULARY = 1024
@@ -72,7 +73,7 @@ def build(
         training_method=method, **{"gradient_checkpointing": False, **place, **keys}
     )
     model = build_model(config, LoraConfig(**lora), precision, CPU, seed, checkpoint)
-    keep_activations(model, config.gradient_checkpointing, config.offload_activations)
+    set_recomputation(model, config.gradient_checkpointing, config.offload_activations)
     return model
 
 

@@ -80,14 +80,14 @@ class OnGpu:
     """An engine and an accelerator, as far as the choice looks at them."""
 
     def __init__(self, model) -> None:
-        self.plain = model
+        self.unwrapped = model
         self.device = torch.device("cuda")
         self.distributed_type = Accelerator(cpu=True).distributed_type
 
 
 def test_auto_compiles_long_runs_on_a_gpu_only(workspace):
     parts = assemble(workspace.make_config(), [])
-    gpu = OnGpu(parts.engine.plain)
+    gpu = OnGpu(parts.engine.unwrapped)
     assert compiles(ModelConfig(), gpu, gpu, 500)
     assert not compiles(ModelConfig(), gpu, gpu, 20)
     assert not compiles(ModelConfig(compile=False), gpu, gpu, 500)

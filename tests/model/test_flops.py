@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from workspace import ARCHITECTURES, write_model_config
 
 import qloop.model.flops
+from qloop.hardware import measure_matmul_flops, peak_flops
 from qloop.model.flops import (
     Flops,
     attention_flops,
@@ -18,8 +19,6 @@ from qloop.model.flops import (
     count_pairs,
     find_windows,
     linear_flops_per_token,
-    measure_matmul_flops,
-    peak_flops,
 )
 
 LENGTH = 24

@@ -11,18 +11,10 @@ from workspace import Workspace, reset_accelerate
 import qloop.planning.simulation
 from qloop.distributed.engine import Engine
 from qloop.errors import ConfigError, MemoryFullError, PlanError
-from qloop.planning.plan import (
-    CONTEXT_BYTES,
-    Device,
-    Target,
-    count_disk_bytes,
-    estimate_seconds,
-    find_largest_batch,
-    find_target,
-    make_plan,
-    show_plans,
-    suggest_changes,
-)
+from qloop.hardware import Device
+from qloop.planning.advice import suggest_changes
+from qloop.planning.plan import CONTEXT_BYTES, Placement, find_placement, make_plan
+from qloop.planning.table import count_disk_bytes, estimate_seconds, find_largest_batch, show_plans
 from qloop.train import train
 
 
@@ -36,10 +28,10 @@ def make_config(workspace, **keys):
     return workspace.make_config(**keys)
 
 
-def gpu(beside_context: float, **keys) -> Target:
+def gpu(beside_context: float, **keys) -> Placement:
     """A GPU with so many bytes for tensors."""
     memory = int(beside_context) + CONTEXT_BYTES["cuda"]
-    return Target(Device("NVIDIA H100", "cuda", memory), "bf16", **keys)
+    return Placement(Device("NVIDIA H100", "cuda", memory), "bf16", **keys)
 
 
 LARGE = 1e12
@@ -60,7 +52,7 @@ def test_auto_computes_again_only_as_much_as_it_must(workspace):
         peaks[mode] = make_plan(wanted, gpu(LARGE)).peak_bytes
     assert peaks["off"] > peaks["selective"] > peaks["full"]
     for mode, peak in peaks.items():
-        room = Target(Device("NVIDIA H100", "cuda", int((peak + 1e9) / 0.9) + 9), "bf16")
+        room = Placement(Device("NVIDIA H100", "cuda", int((peak + 1e9) / 0.9) + 9), "bf16")
         assert make_plan(config, room).activations == mode
     assert make_plan(config, gpu(0)).activations == "full"
 
@@ -88,12 +80,12 @@ def test_layers_that_no_compiler_takes_are_planned_as_they_are(workspace, monkey
 
 def test_the_largest_batch_fits_and_one_block_more_does_not(workspace):
     config = make_config(workspace, gradient_checkpointing="off")
-    target = gpu(make_plan(config, gpu(LARGE)).peak_bytes * 3)
-    largest = find_largest_batch(make_plan(config, target))
+    placement = gpu(make_plan(config, gpu(LARGE)).peak_bytes * 3)
+    largest = find_largest_batch(make_plan(config, placement))
     assert largest > 2
     fits = [
         make_plan(
-            make_config(workspace, gradient_checkpointing="off", batch_size=size), target
+            make_config(workspace, gradient_checkpointing="off", batch_size=size), placement
         ).fits
         for size in (largest, largest + 1)
     ]
@@ -174,12 +166,12 @@ def test_the_table_shows_all_methods_and_what_would_fit(workspace):
 
 def test_devices_are_known_by_name_and_memory_can_be_given(workspace):
     config = make_config(workspace)
-    target = find_target(config, "h200", None, 1, "ddp")
-    assert target == Target(Device("NVIDIA H200", "cuda", 141_000_000_000), "bf16", "ddp", 1)
-    assert find_target(config, "h200", 20.0, 1, "ddp").device.memory_bytes == 20_000_000_000
-    assert find_target(config, None, None, 1, "ddp").precision == "fp32"
+    placement = find_placement(config, "h200", None, 1, "ddp")
+    assert placement == Placement(Device("NVIDIA H200", "cuda", 141_000_000_000), "bf16", "ddp", 1)
+    assert find_placement(config, "h200", 20.0, 1, "ddp").device.memory_bytes == 20_000_000_000
+    assert find_placement(config, None, None, 1, "ddp").precision == "fp32"
     with pytest.raises(ConfigError, match="--device: unknown h201; choose h200"):
-        find_target(config, "h201", None, 1, "ddp")
+        find_placement(config, "h201", None, 1, "ddp")
 
 
 def test_the_command_reads_no_weight_and_no_corpus(workspace):
@@ -261,4 +253,6 @@ def test_a_model_that_cannot_be_simulated_trains_all_the_same(workspace, monkeyp
     assert "values: a value was asked for\n" in log
     assert "gradient checkpointing full" in log
     with pytest.raises(PlanError, match="not planned: Qwen2ForCausalLM"):
-        make_plan(make_config(workspace), find_target(make_config(workspace), "h100", None, 1, ""))
+        make_plan(
+            make_config(workspace), find_placement(make_config(workspace), "h100", None, 1, "")
+        )

@@ -11,7 +11,7 @@ from workspace import ARCHITECTURES, write_model_config
 import qloop.model.loss
 from qloop.config.keys import LoraConfig, ModelConfig
 from qloop.data.batches import MicroBatch
-from qloop.model.activations import keep_activations
+from qloop.model.activations import set_recomputation
 from qloop.model.attention import DOCUMENTS
 from qloop.model.build import build_model
 from qloop.model.compilation import compile_layers
@@ -41,7 +41,7 @@ def model_config(folder, method: str, **keys) -> ModelConfig:
 
 def prepare(model, mode: str):
     model.set_attn_implementation(DOCUMENTS)
-    keep_activations(model, mode)
+    set_recomputation(model, mode)
     return model.train()
 
 
@@ -140,7 +140,7 @@ def test_every_architecture_can_be_planned_compiled(tmp_path, model_type, mode):
     for compiled in (mode, None):
         model = build_shapes(config, LoraConfig(), "bf16").train()
         if not compiled:
-            keep_activations(model, mode)
+            set_recomputation(model, mode)
         parts = simulate_step(model, "logits", "cuda", 2, 256, "bf16", True, compiled=compiled)
         kept.append(parts["activations"])
     assert 0 < kept[0] <= 1.1 * kept[1]

@@ -7,10 +7,11 @@ import pytest
 from workspace import load_corpus
 
 from qloop.config.keys import DataConfig, ModelConfig
+from qloop.data.corpus import Corpus
+from qloop.data.encoder import build_encoder
 from qloop.data.packing import pack_best_fit, pack_wrapped
 from qloop.data.sources import find_sources
-from qloop.data.tokens import Corpus
-from qloop.model.tokenizer import build_encoder, load_tokenizer
+from qloop.model.pretrained import load_tokenizer
 from qloop.report.opening import describe_corpus, describe_ledger
 
 

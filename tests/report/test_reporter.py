@@ -18,18 +18,11 @@ from rich.console import Console as RichConsole
 from qloop.config.loading import dump_yaml
 from qloop.data.packing import pack_wrapped
 from qloop.errors import CheckpointError, ConfigError
+from qloop.hardware import measure_memory
 from qloop.model.flops import Flops, ModelFlops
 from qloop.report.console import Console
-from qloop.report.files import LineFile
-from qloop.report.metrics import (
-    EvalResultsFile,
-    Meter,
-    MetricsFile,
-    StepRecord,
-    build_step_record,
-    measure_memory,
-    read_records,
-)
+from qloop.report.files import EvalResultsFile, LineFile, MetricsFile, read_records
+from qloop.report.metrics import Meter, StepRecord, build_step_record
 from qloop.report.plot import plot_losses
 from qloop.report.reporter import Reporter
 from qloop.run_directory import RunDirectory

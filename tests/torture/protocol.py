@@ -26,7 +26,7 @@ from qloop.checkpoint.store import (
     CheckpointStore,
     DamagedError,
     File,
-    Kept,
+    GoodCheckpoint,
     Manifest,
 )
 
@@ -100,7 +100,7 @@ def check(
         raise ViolationError(f"left behind: {left}")
 
 
-def check_content(disk: SimulatedDisk, kept: Kept) -> None:
+def check_content(disk: SimulatedDisk, kept: GoodCheckpoint) -> None:
     """Compares a checkpoint's bytes with those of the step that its name says."""
     step = int(kept.path.name.split("-")[1])
     for name in NAMES:
@@ -238,7 +238,7 @@ class NoParentSync(SimulatedDisk):
 class DeletesFirst(CheckpointStore):
     """Makes room before it writes, as some do, and keeps one."""
 
-    def write(self, step: int, files: Any, facts: Any, held_out_loss: Any = None) -> Kept:
+    def write(self, step: int, files: Any, facts: Any, held_out_loss: Any = None) -> GoodCheckpoint:
         for path in self.list_checkpoints():
             self._delete(path)
         return super().write(step, files, facts, held_out_loss)
@@ -247,7 +247,7 @@ class DeletesFirst(CheckpointStore):
 class ManifestFirst(CheckpointStore):
     """Vouches for files that are still to be written, in the final folder, without a check."""
 
-    def write(self, step: int, files: Any, facts: Any, held_out_loss: Any = None) -> Kept:
+    def write(self, step: int, files: Any, facts: Any, held_out_loss: Any = None) -> GoodCheckpoint:
         import hashlib
 
         path = self.folder / f"checkpoint-{step}"
@@ -259,7 +259,7 @@ class ManifestFirst(CheckpointStore):
         for name, content in contents:
             self.write_file(path, name, [memoryview(content)])
         self._disk.sync_folder(self.folder)
-        return Kept(path, manifest)
+        return GoodCheckpoint(path, manifest)
 
 
 class NoVerification(CheckpointStore):

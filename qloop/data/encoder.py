@@ -1,0 +1,69 @@
+"""A tokenizer reduced to what the token store needs of it."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+
+class Encoder(NamedTuple):
+    """A tokenizer reduced to what the store needs of it."""
+
+    encode: Callable[[list[str]], list[list[int]]]
+    """Token ids of texts, with nothing added, text that spells a special token kept as text."""
+    count_bytes: Callable[[list[int]], int]
+    """UTF-8 bytes that some ids spell."""
+    start_ids: list[int]
+    """What the model expects before every document; often nothing."""
+    end_id: int
+    vocabulary_size: int
+    fingerprint: str
+    """Hash of all that decides the ids."""
+
+
+def build_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """Reduces a tokenizer to what the token store needs of it."""
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return list(encoded["input_ids"])
+
+    def count_bytes(ids: list[int]) -> int:
+        plain = [token for token in ids if token not in tokenizer.all_special_ids]
+        if is_byte_level:  # a letter of a token's name for each byte, also of half a character
+            return sum(len(name) for name in tokenizer.convert_ids_to_tokens(plain))
+        return len(tokenizer.decode(plain).encode()) if plain else 0
+
+    end_id = int(tokenizer.eos_token_id)
+    # Some tokenizers put a start token before every text (Llama, Gemma), some end it themselves.
+    start_ids = [
+        token
+        for token in tokenizer("")["input_ids"]
+        if token != end_id or token == tokenizer.bos_token_id
+    ]
+    if tokenizer.is_fast:
+        definition = tokenizer.backend_tokenizer.to_str()
+        is_byte_level = '"ByteLevel"' in json.dumps(json.loads(definition)["decoder"])
+    else:
+        is_byte_level = False
+        definition = json.dumps(sorted(tokenizer.get_vocab().items()))
+    settings = f"{type(tokenizer).__name__} {start_ids} {end_id} {definition}"
+    return Encoder(
+        encode=encode,
+        count_bytes=count_bytes,
+        start_ids=start_ids,
+        end_id=end_id,
+        # Not its length: ids may have gaps.
+        vocabulary_size=max(tokenizer.get_vocab().values()) + 1,
+        fingerprint=hashlib.sha256(settings.encode()).hexdigest(),
+    )

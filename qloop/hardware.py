@@ -1,0 +1,177 @@
+"""What the machine is and can do: devices, precision, memory, FLOP/s."""
+
+import contextlib
+import os
+import re
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+
+def use_deterministic_kernels() -> None:
+    """Makes torch refuse kernels whose result varies from call to call."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+DEVICES = {
+    "h200": ("NVIDIA H200", 141e9),
+    "b200": ("NVIDIA B200", 180e9),
+    "h100": ("NVIDIA H100 80GB HBM3", 80e9),
+    "a100-80": ("NVIDIA A100-SXM4-80GB", 80e9),
+    "a100-40": ("NVIDIA A100-SXM4-40GB", 40e9),
+    "l40s": ("NVIDIA L40S", 48e9),
+    "l4": ("NVIDIA L4", 24e9),
+    "rtx4090": ("NVIDIA GeForce RTX 4090", 24e9),
+    "rtx3090": ("NVIDIA GeForce RTX 3090", 24e9),
+}
+"""Names as torch has them, and bytes as sold."""
+
+
+class Device(NamedTuple):
+    """Where a run is to go."""
+
+    name: str
+    kind: str
+    """`cuda` or `cpu`."""
+    memory_bytes: int
+
+
+def find_device() -> Device:
+    """Describes the device that a run here would use."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return Device(properties.name, "cuda", int(properties.total_memory))
+    return Device("CPU", "cpu", int(psutil.virtual_memory().total))
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """Resolves `auto`: bf16 on a GPU that has it in hardware, else fp32.
+
+    A CPU always gets fp32, though some have bf16 too: elsewhere it is hundreds of times slower, and
+    a run should not depend on which of the two machines it met.
+
+    Returns:
+        `bf16` or `fp32`.
+    """
+    if precision != "auto":
+        return precision
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
+
+
+# Dense bf16 with fp32 accumulation, in TFLOP/s, from NVIDIA's data sheets and architecture white
+# papers, where what is printed "with sparsity" is halved. By a part of torch's name for the device,
+# of which the first that fits counts.
+_PEAK_TERAFLOPS = {
+    "B200": 2250.0,
+    "H200 NVL": 835.0,
+    "H200": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "RTX 6000 Ada": 364.0,
+    "RTX 4090": 165.0,
+    "RTX A6000": 155.0,
+    "RTX 3090": 71.0,
+}
+
+
+_LARGEST_PRODUCT = 8192
+
+
+_MEASURING_SECONDS = 0.2
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Gives a GPU's data-sheet FLOP/s in dense bf16, None for one that is not in the table.
+
+    Args:
+        device_name: As `torch.cuda.get_device_name` has it: `NVIDIA H100 80GB HBM3`.
+    """
+    found = (peak for name, peak in _PEAK_TERAFLOPS.items() if name in device_name)
+    teraflops = next(found, None)
+    return None if teraflops is None else teraflops * 1e12
+
+
+def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Measures the FLOP/s of square matrix products: the best of ever larger ones.
+
+    It ends before a size whose products would take longer than a fifth of a second, so that a CPU
+    that is hundreds of times slower in bf16 does not hold up a run. What a GPU's library takes to
+    begin, which is longer than that, does not count.
+    """
+    generator = torch.Generator(device).manual_seed(0)  # a run's own numbers stay what they are
+    best, size = 0.0, 256
+    while size <= _LARGEST_PRODUCT:
+        matrix = torch.randn(size, size, generator=generator, device=device).to(dtype)
+        # The first product of a size chooses its kernel.
+        seconds = min(_time_product(matrix) for _ in range(3))
+        best = max(best, 2 * size**3 / seconds)
+        if 3 * 8 * seconds > _MEASURING_SECONDS:
+            break
+        size *= 2
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return best
+
+
+def _time_product(matrix: torch.Tensor) -> float:
+    _wait_for(matrix.device)
+    started = time.perf_counter()
+    torch.mm(matrix, matrix)
+    _wait_for(matrix.device)
+    return time.perf_counter() - started
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Memory(NamedTuple):
+    """Bytes, as in StepRecord."""
+
+    now: int
+    peak: int
+    reserved: int
+
+
+def measure_memory(device: torch.device) -> Memory:
+    """Asks torch for a GPU's memory, and the system for this process's."""
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)  # empty before the GPU's first use
+        names = ("allocated_bytes.all.current", "allocated_bytes.all.peak")
+        return Memory(*(stats.get(name, 0) for name in (*names, "reserved_bytes.all.current")))
+    resident = int(psutil.Process().memory_info().rss)
+    return Memory(resident, max(resident, _read_peak_memory()), resident)
+
+
+def _read_peak_memory() -> int:
+    """Reads it where Linux has it: what getrusage gives holds that of the launcher too."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else 0
+
+
+def count_free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Counts the host memory, in bytes, that this process can still take: of machine or container.
+
+    Args:
+        cgroup: Where a container's limits are (version 2).
+    """
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no container, or one without a limit
+        limit = int((cgroup / "memory.max").read_text())
+        used = int((cgroup / "memory.current").read_text())
+        lines = (cgroup / "memory.stat").read_text().splitlines()
+        cached = int(dict(line.split() for line in lines)["inactive_file"])  # given back when asked
+        free = min(free, limit - used + cached)
+    return free
