@@ -1,14 +1,19 @@
-"""Puts the parts of a run together, in the order in which they can fail cheapest."""
+"""Builds a run from its config, in the order in which failures are cheapest.
 
+Five builders, each with a small result: the folder, the data, the model with its plan, the engine,
+the reports. Together they are a `Run`, with which `train.py` makes steps.
+"""
+
+import contextlib
 import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qloop.checkpoint.manager import CheckpointManager
 from qloop.checkpoint.resume import (
@@ -19,8 +24,9 @@ from qloop.checkpoint.resume import (
     restore,
 )
 from qloop.checkpoint.store import CheckpointStore
-from qloop.config.keys import Config, ModelConfig
-from qloop.data.batches import StepReader
+from qloop.config.keys import Config
+from qloop.config.loading import load_config
+from qloop.data.batches import MicroBatch, StepReader
 from qloop.data.corpus import Corpus, build_corpus, open_corpus
 from qloop.data.documents import Source
 from qloop.data.encoder import Encoder, build_encoder
@@ -31,30 +37,57 @@ from qloop.data.tokens import TokenStore
 from qloop.distributed.accelerator import (
     build_accelerator,
     build_engine,
-    describe_engine,
+    launcher_recomputes,
+    name_engine,
     reads_weights,
 )
 from qloop.distributed.engine import Engine
 from qloop.distributed.peers import PeerWatch
 from qloop.distributed.ranks import on_all, on_main
-from qloop.errors import QloopError, explaining_disk_errors
-from qloop.hardware import choose_precision, find_device, measure_matmul_flops, measure_memory
+from qloop.errors import ConfigError, PlanError, QloopError, explaining_disk_errors
+from qloop.hardware import (
+    choose_precision,
+    find_device,
+    measure_matmul_flops,
+    measure_memory,
+    use_deterministic_kernels,
+)
 from qloop.model.activations import set_recomputation
+from qloop.model.attention import DOCUMENTS, AttentionChoice
 from qloop.model.build import build_model
+from qloop.model.compilation import uncompile_layers, warm_up
 from qloop.model.flops import build_model_flops
-from qloop.model.isolation import choose_attention
-from qloop.model.loss import TargetLoss, choose_loss
+from qloop.model.isolation import Isolation, set_attention
+from qloop.model.loss import TargetLoss, build_target_loss
 from qloop.model.pretrained import check_sizes, load_model_config, load_tokenizer
 from qloop.model.state import collect_files, count_parameters, fingerprint_weights
-from qloop.planning.plan import Placement, Plan, plan_run
+from qloop.planning.plan import (
+    Kernels,
+    Placement,
+    Plan,
+    choose_kernels,
+    choose_recomputation,
+    make_plan,
+)
+from qloop.report.files import describe_corpus
 from qloop.report.metrics import Meter
-from qloop.report.opening import describe_corpus, describe_ledger
 from qloop.report.reporter import Reporter
 from qloop.run_directory import RunDirectory, RunLock, locate_run
-from qloop.steps import Progress, StepLayout, count_steps, divide_step
+from qloop.steps import Progress, StepLayout, count_steps, divide_step, seed_forward_pass
 from qloop.storage.filesystem import FileSystem
 from qloop.storage.folders import write_json
-from qloop.warmup import compile_and_warm_up, compiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """The run's folder, and the checkpoint that the run goes on from."""
+
+    directory: RunDirectory
+    lock: RunLock
+    store: CheckpointStore
+    checkpoint: Checkpoint | None
+    messages: tuple[str, ...]
+    """About damaged checkpoints that were moved aside."""
 
 
 @dataclass(frozen=True)
@@ -65,58 +98,138 @@ class HeldOut:
     index: BlockIndex
 
 
-@dataclass(frozen=True)
-class Assembly:
-    """All that the loop works with."""
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The corpus as tokens and blocks, with its tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
+    corpus: Corpus
+    index: BlockIndex
+    held_out: HeldOut | None
+    ledger: dict[str, Any]
+    """The content of data_report.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltModel:
+    """The model before an engine wraps it, with its plan and what was chosen for it."""
+
+    model: PreTrainedModel
+    precision: str
+    num_parameters: int
+    num_trained: int
+    kernels: Kernels
+    recomputation: str
+    plan: Plan | None
+    why_no_plan: str
+    meter: Meter
+    provenance: Provenance
+    files: dict[str, bytes]
+    """Of every checkpoint, besides tensors and progress: configs and tokenizer, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The engine with the run's state, and what it takes to make a step."""
+
+    engine: Engine
+    target_loss: TargetLoss
+    batches: StepReader
+    attention: AttentionChoice
+    isolation: Isolation
+    restored: str
+    """A line about the optimizer's moments if they start anew, else empty."""
+    compilation: str
+    """How compiling went; empty if nothing is compiled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that is ready to make steps."""
 
     config: Config
-    run: RunDirectory
-    lock: RunLock
+    notes: tuple[str, ...]
+    """Lines for the opening."""
     accelerator: Accelerator
     peers: PeerWatch
-    tokenizer: PreTrainedTokenizerBase
-    index: BlockIndex
-    reader: StepReader
-    held_out: HeldOut | None
-    model: torch.nn.Module
-    """As prepared: to be called, and in the loop only."""
-    loss: TargetLoss
-    engine: Engine
-    step: StepLayout
+    folder: Folder
+    data: Data
+    built: BuiltModel
+    layout: StepLayout
     progress: Progress
-    checkpoints: CheckpointManager
-    report: Reporter
-    meter: Meter
-    plan: Plan | None
-    """What was planned for it; None for a model that cannot be simulated."""
     last_step: int
+    model: torch.nn.Module
+    """As prepared by accelerate: for the forward pass of a step."""
+    engine: Engine
+    target_loss: TargetLoss
+    batches: StepReader
+    meter: Meter
+    prepared: Prepared
+    report: Reporter
+    checkpoints: CheckpointManager
 
     def close(self) -> None:
-        """Ends the reports, and lets others use the run's folder."""
+        """Ends the reports, and frees the run's folder."""
         self.peers.stop()
-        self.reader.close()
+        self.batches.close()
         self.report.close()
-        self.lock.release()
+        self.folder.lock.release()
 
 
-def assemble(config: Config, notes: list[str]) -> Assembly:
-    """Builds everything, from the run's folder to the reports; restores what a checkpoint holds.
+@contextlib.contextmanager
+def open_run(config: Config | Path | str, **keys: Any) -> Iterator[Run]:
+    """Opens a run for use as a library; `qloop.make_step(run)` makes its next step.
+
+    The run goes on from its newest checkpoint, as with the command. Nothing is printed, and nothing
+    is saved unless `run.checkpoints.save` is called. The folder is free again after the block.
+
+    Args:
+        config: A TOML or YAML file, whose relative paths start at its folder; or a whole config.
+        keys: Keys of the config, which replace the file's values.
+
+    Raises:
+        QloopError: Something that the config names cannot be used.
+    """
+    if not isinstance(config, Config):
+        flags = {key: _as_flag(value) for key, value in keys.items()}
+        config = load_config(Path(config), flags).config
+    elif keys:
+        raise ConfigError(f"open_run: {', '.join(keys)}: give keys with a file, or a whole config")
+    run = build_run(config)
+    try:
+        yield run
+    finally:
+        run.checkpoints.close()
+        run.close()
+
+
+def _as_flag(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def build_run(config: Config, notes: Sequence[str] = ()) -> Run:
+    """Builds everything, from the run's folder to the reports, and restores its checkpoint.
 
     Args:
         config: The whole config.
-        notes: Lines that the person should see at the start.
+        notes: Lines for the opening.
 
     Raises:
-        QloopError: Something named by the config cannot be used; see the parts. The run's folder is
-            free again.
+        QloopError: Something that the config names cannot be used. The run's folder is free again.
     """
-    accelerator = build_accelerator(config)
+    if config.run.deterministic:
+        use_deterministic_kernels()
+    accelerator = build_accelerator(config.model, config.batch, config.optimizer)
     peers = PeerWatch(accelerator)
-    run = locate_run(config)
-    lock = RunLock(run.path)
+    directory = locate_run(config)
+    lock = RunLock(directory.path)
     try:
         on_main(accelerator, lock.acquire)
-        return _assemble(config, run, lock, accelerator, peers, list(notes))
+        folder = open_folder(config, directory, lock, accelerator)
+        return _build(config, tuple(notes), folder, accelerator, peers)
     except BaseException as error:
         lock.release()
         explained = peers.explain(error)
@@ -126,222 +239,215 @@ def assemble(config: Config, notes: list[str]) -> Assembly:
         raise explained from error
 
 
-def _assemble(
+def _build(
     config: Config,
-    run: RunDirectory,
-    lock: RunLock,
+    notes: tuple[str, ...],
+    folder: Folder,
     accelerator: Accelerator,
     peers: PeerWatch,
-    notes: list[str],
-) -> Assembly:
-    store = CheckpointStore(run.checkpoints, FileSystem(), lock.check)
-
-    checkpoint = on_main(accelerator, lambda: _choose(config, run, store, notes))
+) -> Run:
+    checkpoint = folder.checkpoint
     progress = checkpoint.progress if checkpoint else Progress()
-    keeps_step = checkpoint and "step_blocks" not in config.run.allow_change
-    step = divide_step(
+    keeps_step = checkpoint is not None and "step_blocks" not in config.run.allow_change
+    layout = divide_step(
         config.batch,
         accelerator.num_processes,
         checkpoint.provenance.step_blocks if checkpoint and keeps_step else None,
         checkpoint.path if checkpoint else None,
     )
+    data = build_data(config, accelerator)
+    last_step = count_steps(
+        config.schedule,
+        config.batch,
+        config.data.max_seq_length,
+        len(data.index),
+        layout.blocks,
+        progress,
+    )
+    placement = describe_placement(config, accelerator, last_step * layout.accumulation)
+    built = build_model_and_plan(config, data, checkpoint, placement, layout.blocks, accelerator)
+    if checkpoint:
+        refuse_other_provenance(checkpoint, built.provenance, config.run.allow_change)
+    on_main(accelerator, lambda: _write_folder(folder.directory, config, data.ledger))
+    prepared = prepare(
+        config,
+        data,
+        built,
+        checkpoint,
+        layout,
+        accelerator,
+        first_blocks=progress.blocks_seen if progress.step < last_step else None,
+    )
+    report, checkpoints = open_reports(config, folder, built, progress, last_step, accelerator)
+    return Run(
+        config=config,
+        notes=notes,
+        accelerator=accelerator,
+        peers=peers,
+        folder=folder,
+        data=data,
+        built=built,
+        layout=layout,
+        progress=progress,
+        last_step=last_step,
+        model=prepared.engine.model,
+        engine=prepared.engine,
+        target_loss=prepared.target_loss,
+        batches=prepared.batches,
+        meter=built.meter,
+        prepared=prepared,
+        report=report,
+        checkpoints=checkpoints,
+    )
 
+
+def open_folder(
+    config: Config, directory: RunDirectory, lock: RunLock, accelerator: Accelerator
+) -> Folder:
+    """Makes sure that the folder is this run's, and finds the checkpoint to go on from."""
+    store = CheckpointStore(directory.checkpoints, FileSystem(), lock.check)
+
+    def choose() -> tuple[Checkpoint | None, list[str]]:
+        messages: list[str] = []
+        try:
+            directory.refuse_another(config)
+            return choose_checkpoint(config, store, messages.append), messages
+        except QloopError as error:  # checkpoints that were moved aside are named in any case
+            raise type(error)("\n".join([*messages, str(error)])) from error
+
+    checkpoint, messages = on_main(accelerator, choose)
+    return Folder(
+        directory=directory,
+        lock=lock,
+        store=store,
+        checkpoint=checkpoint,
+        messages=tuple(messages),
+    )
+
+
+def build_data(config: Config, accelerator: Accelerator) -> Data:
+    """Tokenises and packs the corpus on the main rank; all ranks map the result."""
     sources: list[Source | None] = []  # on the main rank, which alone reads the corpus
     on_main(accelerator, lambda: sources.extend(find_sources(config.data)))
     tokenizer = load_tokenizer(config.model)
     encoder = build_encoder(tokenizer)
     model_config = load_model_config(config.model)
     check_sizes(model_config, encoder.vocabulary_size, config.data.max_seq_length)
-    corpus, index, held_out = _load_data(config, sources, encoder, accelerator)
-    last_step = count_steps(
-        config.schedule, config.batch, config.data.max_seq_length, len(index), step.blocks, progress
+    settings, length = config.data, config.data.max_seq_length
+    cache_dir = settings.cache_dir or config.run.output_dir / ".cache"
+
+    def open_all(folder: Path, was_cached: bool) -> tuple[Corpus, BlockIndex, HeldOut | None]:
+        with explaining_disk_errors(cache_dir):
+            corpus = open_corpus(folder, encoder, was_cached)
+            index = load_index(folder / "train", corpus.train, settings.packing, length)
+            if corpus.held_out is None:
+                return corpus, index, None
+            blocks = load_index(folder / "held_out", corpus.held_out, "best_fit", length)
+            return corpus, index, HeldOut(corpus.held_out, blocks)
+
+    def build() -> tuple[Path, bool]:
+        train, held_out = sources
+        assert train is not None
+        with explaining_disk_errors(cache_dir):
+            built = build_corpus(
+                train,
+                held_out,
+                encoder,
+                cache_dir,
+                held_out_share=settings.held_out_share,
+                train_on_prompt=settings.train_on_prompt,
+                deduplicate=settings.deduplicate,
+            )
+        open_all(*built)  # so that one rank packs while the others wait
+        return built
+
+    folder, was_cached = on_main(accelerator, build)
+    corpus, index, held_out = on_all(accelerator, lambda: open_all(folder, was_cached))
+    return Data(
+        tokenizer=tokenizer,
+        encoder=encoder,
+        corpus=corpus,
+        index=index,
+        held_out=held_out,
+        ledger=describe_corpus(corpus, index, held_out.index if held_out else None),
     )
 
-    precision = choose_precision(config.model.precision, accelerator.device)
-    memory_before = measure_memory(accelerator.device).now
+
+def describe_placement(config: Config, accelerator: Accelerator, micro_batches: int) -> Placement:
+    """Describes the devices of this run to its plan."""
+    return Placement(
+        find_device(),
+        choose_precision(config.model.precision, accelerator.device),
+        name_engine(accelerator),
+        accelerator.num_processes,
+        micro_batches,
+        launcher_recomputes(accelerator),
+    )
+
+
+def build_model_and_plan(
+    config: Config,
+    data: Data,
+    checkpoint: Checkpoint | None,
+    placement: Placement,
+    step_blocks: int,
+    accelerator: Accelerator,
+) -> BuiltModel:
+    """Builds the model on the CPU, plans its memory, and chooses its kernels."""
+    device, precision = accelerator.device, placement.precision
+    memory_before = measure_memory(device).now
     build = functools.partial(
         build_model,
         config.model,
         config.lora,
         precision,
-        accelerator.device,
+        device,
         config.run.seed,
         checkpoint.path if checkpoint else None,
-        is_sharded=accelerator.distributed_type == DistributedType.FSDP,
+        is_sharded=placement.engine == "fsdp2",
         reads_weights=reads_weights(accelerator),
     )
     model = on_all(accelerator, build)
-    meter = build_meter(index, model, precision, memory_before, accelerator)
-    micro_batches = last_step * step.accumulation
-    placement = describe_placement(accelerator, precision, micro_batches)
-    plan, plan_line = plan_run(config, placement)
-    activations = choose_activations(config, accelerator, plan)
-    set_recomputation(model, activations, config.model.offload_activations)
-    model_line = describe_model(config.model, model, precision, accelerator)
+    meter = build_meter(data.index, model, memory_before, placement, accelerator)
+    plan, why_no_plan = None, ""
+    try:
+        plan = make_plan(config, placement)
+    except PlanError as error:  # no reason not to train
+        why_no_plan = str(error)
+    recomputation = plan.recomputation if plan else choose_recomputation(config, placement)
+    kernels = choose_kernels(model, config, placement)
+    set_recomputation(model, recomputation, config.model.offload_activations)
+    num_parameters, num_trained = count_parameters(model)
     fingerprints = {
-        "corpus": corpus.fingerprint,
-        "tokenizer": encoder.fingerprint,
+        "corpus": data.corpus.fingerprint,
+        "tokenizer": data.encoder.fingerprint,
         # Under FSDP2 only the main rank has read the weights.
         "frozen_weights": on_main(accelerator, lambda: fingerprint_weights(model)),
     }
-    provenance = Provenance(config.model_dump(mode="json"), fingerprints, step.blocks)
-    if checkpoint:
-        refuse_other_provenance(checkpoint, provenance, config.run.allow_change)
-
-    ledger = describe_corpus(corpus, index, held_out.index if held_out else None)
-
-    def write_folder() -> None:
-        with explaining_disk_errors(run.path):
-            run.create(config)
-            write_json(run.data_report, ledger)
-
-    on_main(accelerator, write_folder)
-    files = collect_files(model, tokenizer)
-    engine = build_engine(accelerator, model, config, step.accumulation)
-    isolation, attention = choose_attention(
-        engine.unwrapped, config.model.attention, accelerator.device, precision,
-        encoder.vocabulary_size,
-    )  # fmt: skip
-    micro_batch_tokens = config.batch.batch_size * config.data.max_seq_length
-    loss = choose_loss(
-        engine.unwrapped, config.model.loss, accelerator.device, micro_batch_tokens, precision,
-        may_compile=config.model.compile is not False,
-    )  # fmt: skip
-    if checkpoint:
-        put = functools.partial(restore, engine, checkpoint, config.optimizer.optimizer)
-        notes += filter(None, [on_all(accelerator, put)])
-    reader = StepReader(
-        corpus.train, index, step.blocks, step.accumulation, accelerator.process_index,
-        accelerator.num_processes, config.run.seed, pins=accelerator.device.type == "cuda",
-    )  # fmt: skip
-    why = f" ({loss.reason})" if loss.reason else ""
-    speed_lines = [f"loss       {loss.kind}{why}; gradient checkpointing {activations}"]
-    is_over = progress.step == last_step
-    if not is_over and compiles(config.model, accelerator, engine, micro_batches):
-        micro_batch = reader.read(progress.blocks_seen).micro_batches[0]
-        is_wanted = config.model.compile is True
-        speed_lines.append(compile_and_warm_up(engine, accelerator, loss, micro_batch, is_wanted))
-
-    with explaining_disk_errors(run.logs):
-        report = Reporter(run, config, progress.step, last_step, accelerator.is_main_process)
-    checkpoints = CheckpointManager(
-        store, config.checkpoint, accelerator, provenance, files, report.say
-    )
-    going_on = f"; going on from {checkpoint.path}" if checkpoint else ""
-    opening_lines = [
-        *notes,
-        f"run        {run.path}",
-        *describe_ledger(ledger, corpus.was_cached),
-        model_line,
-        f"product    {meter.matmul_flops / 1e12:.3g} TFLOP/s in {precision}, 100% of MFU",
-        *([f"optimizer  {engine.optimizer.describe()}"] if len(engine.optimizer.each) > 1 else []),
-        f"attention  {attention}; packed documents do not see each other (logits move by "
-        f"{isolation.swapped:.0e}, alone {isolation.alone:.0e})",
-        *speed_lines,
-        plan_line,
-        f"steps      {progress.step} of {last_step} made{going_on}",
-        *(
-            [
-                f"step       reads {step.blocks} blocks, as this run has it from the start: "
-                f"gradient_accumulation_steps is {step.accumulation} on every process, not "
-                f"{config.batch.gradient_accumulation_steps}"
-            ]
-            if step.accumulation != config.batch.gradient_accumulation_steps
-            else []
-        ),
-        *checkpoints.describe_space(engine, progress.step, last_step),
-    ]
-    report.say("\n".join(opening_lines))
-    return Assembly(
-        config, run, lock, accelerator, peers, tokenizer, index, reader, held_out,
-        engine.model, loss, engine, step, progress, checkpoints, report, meter, plan, last_step,
-    )  # fmt: skip
-
-
-def _choose(
-    config: Config, run: RunDirectory, store: CheckpointStore, notes: list[str]
-) -> Checkpoint | None:
-    """Makes sure that the folder is this run's, and finds what it goes on from."""
-    told: list[str] = []
-    try:
-        run.refuse_another(config)
-        return choose_checkpoint(config, store, told.append)
-    except QloopError as error:  # what was moved aside is told in any case
-        raise type(error)("\n".join([*told, str(error)])) from error
-    finally:
-        notes.extend(told)
-
-
-def _load_data(
-    config: Config, sources: list[Any], encoder: Encoder, accelerator: Accelerator
-) -> tuple[Corpus, BlockIndex, HeldOut | None]:
-    """Tokenises and packs both sides on the main rank; all open and map what it made."""
-    data = config.data
-    cache_dir = data.cache_dir or config.run.output_dir / ".cache"
-
-    def build() -> tuple[Path, bool]:
-        train, held_out = sources
-        with explaining_disk_errors(cache_dir):
-            built = build_corpus(
-                train, held_out, encoder, cache_dir, data.held_out_share,
-                data.train_on_prompt, data.deduplicate,
-            )  # fmt: skip
-            open_all(*built)
-            return built
-
-    def open_all(folder: Path, was_cached: bool) -> tuple[Corpus, BlockIndex, HeldOut | None]:
-        with explaining_disk_errors(cache_dir):
-            corpus = open_corpus(folder, encoder, was_cached)
-            length, held_out = data.max_seq_length, None
-            index = load_index(folder / "train", corpus.train, data.packing, length)
-            if corpus.held_out:
-                blocks = load_index(folder / "held_out", corpus.held_out, "best_fit", length)
-                held_out = HeldOut(corpus.held_out, blocks)
-            return corpus, index, held_out
-
-    folder, was_cached = on_main(accelerator, build)
-    return on_all(accelerator, lambda: open_all(folder, was_cached))
-
-
-def describe_placement(accelerator: Accelerator, precision: str, micro_batches: int) -> Placement:
-    """Describes the devices of this run to the plan, and how much they do."""
-    engine = describe_engine(accelerator).lower().replace("-", "") or "ddp"
-    return Placement(find_device(), precision, engine, accelerator.num_processes, micro_batches)
-
-
-def choose_activations(config: Config, accelerator: Accelerator, plan: Plan | None) -> str:
-    """Says what of the layers' activations is computed again: `off`, `selective` or `full`."""
-    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
-    if fsdp is not None and fsdp.activation_checkpointing:
-        return "off"  # accelerate does it
-    if plan is not None:
-        return plan.activations
-    mode = str(config.model.gradient_checkpointing)
-    return "full" if mode == "auto" else mode
-
-
-def describe_model(
-    config: ModelConfig, model: torch.nn.Module, precision: str, accelerator: Accelerator
-) -> str:
-    """Says in the opening lines what is trained, and on what."""
-    total, trained = count_parameters(model)
-    engine = f", {name}" if (name := describe_engine(accelerator)) else ""
-    return (
-        f"model      {config.model_config_file or config.model_name}: {total:,} parameters, "
-        f"{trained:,} trained ({config.training_method}, {precision}, "
-        f"{accelerator.device.type} x {accelerator.num_processes}{engine})"
+    return BuiltModel(
+        model=model,
+        precision=precision,
+        num_parameters=num_parameters,
+        num_trained=num_trained,
+        kernels=kernels,
+        recomputation=recomputation,
+        plan=plan,
+        why_no_plan=why_no_plan,
+        meter=meter,
+        provenance=Provenance(config.model_dump(mode="json"), fingerprints, step_blocks),
+        files=collect_files(model, data.tokenizer),
     )
 
 
 def build_meter(
     index: BlockIndex,
-    model: torch.nn.Module,
-    precision: str,
+    model: PreTrainedModel,
     memory_before: int,
+    placement: Placement,
     accelerator: Accelerator,
 ) -> Meter:
-    """Counts the model's FLOPs, while it is whole, and measures what the devices can do."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    """Counts the model's FLOPs, while it is whole, and measures those of the devices."""
+    dtype = torch.bfloat16 if placement.precision == "bf16" else torch.float32
     rate = measure_matmul_flops(accelerator.device, dtype)
     return Meter(
         index,
@@ -350,3 +456,129 @@ def build_meter(
         accelerator.device,
         memory_before,
     )
+
+
+def prepare(
+    config: Config,
+    data: Data,
+    built: BuiltModel,
+    checkpoint: Checkpoint | None,
+    layout: StepLayout,
+    accelerator: Accelerator,
+    first_blocks: int | None,
+) -> Prepared:
+    """Wraps the model in its engine, checks attention and loss on it, and restores the moments.
+
+    Args:
+        config: The whole config.
+        data: The corpus.
+        built: The model and what was chosen for it.
+        checkpoint: The run goes on from it.
+        layout: Of a step.
+        accelerator: The run's.
+        first_blocks: Blocks seen before the next step; None if there is no step left.
+    """
+    engine = build_engine(accelerator, built.model, config.optimizer, layout.accumulation)
+    attention, isolation = set_attention(
+        engine.unwrapped,
+        built.kernels.attention,
+        is_wanted=config.model.attention == DOCUMENTS,
+        precision=built.precision,
+        vocabulary_size=data.encoder.vocabulary_size,
+    )
+    target_loss = build_target_loss(
+        engine.unwrapped,
+        built.kernels.loss,
+        is_wanted=config.model.loss != "auto",
+        device=accelerator.device,
+        precision=built.precision,
+    )
+    restored = ""
+    if checkpoint:
+        load = functools.partial(restore, engine, checkpoint, config.optimizer.optimizer)
+        restored = on_all(accelerator, load)
+    batches = StepReader(
+        data.corpus.train,
+        data.index,
+        layout,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+        seed=config.run.seed,
+        pins=accelerator.device.type == "cuda",
+    )
+    compilation = ""
+    if built.kernels.compiles and first_blocks is not None:
+        micro_batch = batches.read(first_blocks).micro_batches[0]
+        is_wanted = config.model.compile is True
+        compilation = compile_and_warm_up(engine, target_loss, micro_batch, is_wanted)
+    return Prepared(
+        engine=engine,
+        target_loss=target_loss,
+        batches=batches,
+        attention=attention,
+        isolation=isolation,
+        restored=restored,
+        compilation=compilation,
+    )
+
+
+def compile_and_warm_up(
+    engine: Engine, target_loss: TargetLoss, micro_batch: MicroBatch, is_wanted: bool
+) -> str:
+    """Compiles the layers by a forward and backward pass whose gradients are dropped.
+
+    Args:
+        engine: Its model is compiled in place.
+        target_loss: The model's.
+        micro_batch: Any of the run, not yet on the device.
+        is_wanted: Whether the config asks for it; otherwise a failure leaves layers uncompiled.
+
+    Returns:
+        How it went, for the opening lines.
+
+    Raises:
+        ConfigError: It failed and `is_wanted`.
+    """
+    accelerator, model = engine.accelerator, engine.model
+
+    def forward_backward() -> None:
+        seed_forward_pass(0)
+        engine.backward(target_loss.sum(model, micro_batch.to(accelerator.device)) * 0.0, 1)
+
+    was_training = model.training
+    model.train()
+    try:
+        return on_all(accelerator, lambda: warm_up(engine.unwrapped, forward_backward))
+    except ConfigError as error:
+        uncompile_layers(engine.unwrapped)
+        if is_wanted:
+            raise
+        return f"nothing: {error}; layers may keep more than planned"
+    finally:
+        engine.optimizer.zero_grad()
+        model.train(was_training)
+
+
+def open_reports(
+    config: Config,
+    folder: Folder,
+    built: BuiltModel,
+    progress: Progress,
+    last_step: int,
+    accelerator: Accelerator,
+) -> tuple[Reporter, CheckpointManager]:
+    """Opens the log files, cut back to the run's step, and the checkpoint manager."""
+    with explaining_disk_errors(folder.directory.logs):
+        report = Reporter(
+            folder.directory, config, progress.step, last_step, accelerator.is_main_process
+        )
+    checkpoints = CheckpointManager(
+        folder.store, config.checkpoint, accelerator, built.provenance, built.files, report.say
+    )
+    return report, checkpoints
+
+
+def _write_folder(directory: RunDirectory, config: Config, ledger: dict[str, Any]) -> None:
+    with explaining_disk_errors(directory.path):
+        directory.create(config)
+        write_json(directory.data_report, ledger)

@@ -1,4 +1,4 @@
-"""The folder of a run: its paths, and the check that it holds no other run.
+"""The folder of a run: its paths, the check that it holds no other run, its lock, status.json.
 
 output/<experiment_name, or the model's short name>/
   config.yaml     the config that ran; `--config` takes it
@@ -6,6 +6,7 @@ output/<experiment_name, or the model's short name>/
   logs/           training_log.txt, metrics.jsonl, eval_results.json, data_report.json
   results/        the final evaluation, samples, loss.png
   status.json     state, step, reason
+  .lock           locked by the running process, which it names
 """
 
 import contextlib
@@ -24,12 +25,13 @@ from qloop.errors import ConfigError, LockedError, explaining_disk_errors
 from qloop.storage.filesystem import FileSystem
 from qloop.storage.folders import write_atomically
 
-# What a run may leave that ends before its config.yaml has its name.
-_BEFORE_CONFIG = {".lock", ".config.yaml.tmp"}
+_LOCK = ".lock"
+_BEFORE_CONFIG = {_LOCK, ".config.yaml.tmp"}
+"""Files that a run leaves if it is killed before its config.yaml is in place."""
 
 
 class RunDirectory:
-    """Paths of a run's files; the folders exist once they are created."""
+    """Paths of a run's files, which `create` makes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,10 +46,11 @@ class RunDirectory:
         self.status = path / "status.json"
 
     def refuse_another(self, config: Config) -> None:
-        """Makes sure that the folder is new, or this config's.
+        """Makes sure that the folder is new or holds the run of this config.
 
         Raises:
-            ConfigError: It holds another run, shown by what differs, or something that is no run.
+            ConfigError: It holds another run (the message lists the differences), a run that may
+                not be continued, or files of something else.
         """
         if self.config.exists():
             changes = find_changes(load_config(self.config, {}).config, config)
@@ -55,23 +58,23 @@ class RunDirectory:
                 shown = "\n  ".join(changes)
                 raise ConfigError(
                     f"{self.path}: holds another run, with other settings:\n  {shown}\n"
-                    "give another --experiment_name to start a new run, its settings to go on, or "
-                    f"name the keys that may change: --allow_change "
+                    "give another --experiment_name to start a new run, the old settings to "
+                    "continue, or the keys that may change: --allow_change "
                     f"{','.join(change.split(':')[0] for change in changes)}"
                 )
             if config.run.resume == "never":
                 raise ConfigError(
                     f"{self.path}: holds a run already, and resume is never; give another "
-                    "--experiment_name, or --resume auto to go on with it"
+                    "--experiment_name, or --resume auto to continue it"
                 )
         elif self.path.exists() and {*os.listdir(self.path)} - _BEFORE_CONFIG:
             raise ConfigError(
-                f"{self.path}: is in use, but has no config.yaml, so it is no run of qloop; give "
+                f"{self.path}: is not empty but has no config.yaml, so it is no run of qloop; give "
                 "another --experiment_name or --output_dir"
             )
 
     def create(self, config: Config) -> None:
-        """Makes the folders, and writes the config that runs.
+        """Creates the folders, and writes the config that runs.
 
         Raises:
             OSError: The disk refuses.
@@ -80,26 +83,27 @@ class RunDirectory:
         write_atomically(self.config, dump_yaml(config))
         for folder in (self.checkpoints, self.logs, self.results):
             folder.mkdir(exist_ok=True)
-        # A checkpoint is no safer than the names of the folders it lies in.
+        # Without the names of its parent folders, a checkpoint is lost.
         for folder in (self.path, self.path.parent):
             FileSystem().sync_folder(folder)
 
     def checkpoint_path(self, step: int) -> Path:
-        """Where the checkpoint after a step lies."""
+        """Returns the path of the checkpoint after a step."""
         return self.checkpoints / f"checkpoint-{step}"
 
     def write_status(self, state: str, step: int, reason: str = "") -> None:
-        """Says in status.json that the run is running, finished, stopped, diverged or failed."""
+        """Writes status.json; `state` is running, finished, stopped, diverged or failed."""
         write_atomically(
             self.status, json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
         )
 
 
 def locate_run(config: Config) -> RunDirectory:
-    """Names the run's folder.
+    """Returns the folder of the config's run; creates nothing.
 
     Raises:
-        ConfigError: The model's name makes no folder name, or the folder lies elsewhere.
+        ConfigError: No folder name can be made of the model's name, the path is a file, or a link
+            leads out of output_dir.
     """
     name = config.run.experiment_name
     if name is None:
@@ -107,7 +111,7 @@ def locate_run(config: Config) -> RunDirectory:
         name = file.stem if file else Path(config.model.model_name).name
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
             raise ConfigError(
-                f'experiment_name: the model\'s short name "{name}" makes no folder name; give one'
+                f'experiment_name: the model\'s short name "{name}" is no folder name; give one'
             )
     run = RunDirectory(config.run.output_dir / name)
     if run.path.exists() and not run.path.is_dir():
@@ -116,8 +120,9 @@ def locate_run(config: Config) -> RunDirectory:
     for path in (run.path, run.checkpoints, run.logs, run.results):
         if not path.resolve().is_relative_to(inside):
             raise ConfigError(
-                f"{path}: is a link to {path.resolve()}, outside of output_dir {inside}; nothing "
-                "is written there; give that folder as --output_dir, or another --experiment_name"
+                f"{path}: is a link to {path.resolve()}, outside of output_dir {inside}; qloop "
+                "writes nothing there; give that folder as --output_dir, or another "
+                "--experiment_name"
             )
     return run
 
@@ -125,20 +130,20 @@ def locate_run(config: Config) -> RunDirectory:
 class RunLock:
     """Holds `<run>/.lock` from `acquire` to `release` or to the end of the process.
 
-    The system frees it when its process ends, however that happens, so that nothing is left to
-    clean up after a `kill -9`. Some network file systems lock on each machine for itself; there,
-    `check` finds that another process has written its own name into the file.
+    The system frees it when its process ends, however that happens, so nothing needs cleaning up
+    after a `kill -9`. Some network file systems lock on each machine separately; there, `check`
+    finds that another process has written its own name into the file.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file = folder / ".lock"
+        self._file = folder / _LOCK
         self._stream: int | None = None
         self._made_folder = False
         self._text = ""
 
     def acquire(self) -> None:
-        """Takes the lock; makes the folder if there is none.
+        """Takes the lock; creates the folder if it is missing.
 
         Raises:
             LockedError: Another process holds it.
@@ -161,7 +166,7 @@ class RunLock:
             os.pwrite(self._stream, self._text.encode(), 0)
 
     def check(self) -> None:
-        """Makes sure that the lock is still ours; takes it anew if somebody deleted its file.
+        """Makes sure that this process still holds the lock; takes it again if its file is gone.
 
         Raises:
             LockedError: Another process has written into it.
@@ -175,11 +180,11 @@ class RunLock:
         if text != self._text:
             raise LockedError(
                 f"{self._folder}: another process has taken this run's folder "
-                f"({_describe(text)}); nothing more is written to it"
+                f"({_describe(text)}); this one writes nothing more to it"
             )
 
     def release(self) -> None:
-        """Frees the lock; a folder that was made for it and holds nothing else goes too."""
+        """Frees the lock; deletes a folder that was created for it and holds nothing else."""
         if self._stream is None:
             return
         if self._made_folder and os.listdir(self._folder) == [self._file.name]:
@@ -190,7 +195,7 @@ class RunLock:
         self._stream = None
 
     def _open_and_lock(self) -> int | None:
-        """Locks the file; None if it was deleted meanwhile, so that another try is due."""
+        """Locks the file; returns None if it was deleted meanwhile: try again."""
         stream = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -212,4 +217,4 @@ def _describe(text: str) -> str:
         holder = json.loads(text)
         return f"process {holder['process']} on {holder['host']}, since {holder['since']}"
     except (ValueError, KeyError, TypeError):
-        return "it has left no name"
+        return "it left no name"

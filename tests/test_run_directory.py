@@ -15,7 +15,6 @@ from qloop.config.keys import Config
 from qloop.config.loading import load_config
 from qloop.errors import ConfigError, LockedError
 from qloop.run_directory import RunDirectory, RunLock, locate_run
-from qloop.storage.folders import write_atomically, write_json
 
 
 def build_config(**flags: str) -> Config:
@@ -76,7 +75,7 @@ def test_a_short_name_that_makes_no_folder_name_is_refused(model_name, name):
     with pytest.raises(ConfigError) as caught:
         locate_run(build_config(model_name=model_name))
     assert str(caught.value) == (
-        f'experiment_name: the model\'s short name "{name}" makes no folder name; give one'
+        f'experiment_name: the model\'s short name "{name}" is no folder name; give one'
     )
 
 
@@ -134,7 +133,7 @@ def test_other_settings_are_refused_and_shown(run):
         f"{run.path}: holds another run, with other settings:\n"
         '  data_type: "filtered" -> "raw"\n'
         "  learning_rate: 2e-05 -> 0.0001\n"
-        "give another --experiment_name to start a new run, its settings to go on, or name the "
+        "give another --experiment_name to start a new run, the old settings to continue, or the "
         "keys that may change: --allow_change data_type,learning_rate"
     )
 
@@ -143,7 +142,7 @@ def test_resume_never_is_refused_where_a_run_is(run):
     run.create(build_config())
     assert refusal_of(run, build_config(resume="never")) == (
         f"{run.path}: holds a run already, and resume is never; give another "
-        "--experiment_name, or --resume auto to go on with it"
+        "--experiment_name, or --resume auto to continue it"
     )
 
 
@@ -151,7 +150,7 @@ def test_a_folder_with_foreign_files_is_refused(run):
     run.path.mkdir(parents=True)
     (run.path / "thesis.tex").write_text("")
     assert refusal_of(run, build_config()) == (
-        f"{run.path}: is in use, but has no config.yaml, so it is no run of qloop; give "
+        f"{run.path}: is not empty but has no config.yaml, so it is no run of qloop; give "
         "another --experiment_name or --output_dir"
     )
 
@@ -266,55 +265,7 @@ def test_a_status_replaces_the_one_before(run):
     assert json.loads(run.status.read_text())["state"] == "finished"
 
 
-# Writing
-
-
-def test_a_file_is_written_whole(tmp_path):
-    file = tmp_path / "notes.txt"
-    write_atomically(file, "kdb+ \u00b5s\n")
-    assert file.read_bytes() == b"kdb+ \xc2\xb5s\n"
-
-
-def test_a_shorter_text_replaces_a_longer_one(tmp_path):
-    file = tmp_path / "notes.txt"
-    write_atomically(file, "a longer text\n")
-    write_atomically(file, "short\n")
-    assert file.read_text() == "short\n"
-
-
-def test_writing_leaves_no_temporary(tmp_path):
-    write_atomically(tmp_path / "notes.txt", "one\n")
-    write_atomically(tmp_path / "notes.txt", "two\n")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_a_temporary_of_a_killed_process_is_no_hindrance(tmp_path):
-    (tmp_path / ".notes.txt.tmp").write_text("half a te")
-    write_atomically(tmp_path / "notes.txt", "whole\n")
-    assert (tmp_path / "notes.txt").read_text() == "whole\n"
-
-
-def test_a_write_that_fails_keeps_the_old_content(tmp_path):
-    """A lone surrogate cannot be written as UTF-8."""
-    file = tmp_path / "notes.txt"
-    write_atomically(file, "old\n")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(file, "new " * 10_000 + "\ud800")
-    assert file.read_text() == "old\n"
-
-
-def test_a_reader_that_has_the_file_open_sees_the_old_text(tmp_path):
-    file = tmp_path / "notes.txt"
-    write_atomically(file, "old\n")
-    with file.open() as reader:
-        write_atomically(file, "new\n")
-        assert reader.read() == "old\n"
-
-
-def test_json_is_written_with_a_line_per_entry(tmp_path):
-    write_json(tmp_path / "report.json", {"read": 3, "refused": 1})
-    assert (tmp_path / "report.json").read_text() == '{\n  "read": 3,\n  "refused": 1\n}\n'
-
+# Its lock
 
 HOLD = (
     "import sys, time, pathlib, qloop.run_directory as l; "

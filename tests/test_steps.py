@@ -1,6 +1,7 @@
 """Counters, seeds, the blocks of a step, and where a run ends: all pure."""
 
 import dataclasses
+import doctest
 import os
 import random
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qloop.steps
 from qloop.config.keys import BatchConfig
 from qloop.errors import ConfigError
 from qloop.hardware import use_deterministic_kernels
@@ -241,3 +243,65 @@ def test_a_forward_pass_draws_the_same_from_every_generator():
     seed_forward_pass(seed_at(2**32 - 1, 10**6, 64))
     other = (float(torch.rand(())), random.random(), float(np.random.rand()))
     assert all(one != two for one, two in zip(drawn[0], other, strict=True))
+
+
+# Which blocks a step reads
+
+
+@given(
+    num_blocks=st.integers(1, 40),
+    step_blocks=st.integers(1, 60),
+    seed=st.integers(0, 2**32 - 1),
+    num_epochs=st.integers(1, 4),
+)
+@any_speed
+def test_every_epoch_is_a_permutation_of_all_blocks(num_blocks, step_blocks, seed, num_epochs):
+    num_steps = -(-num_blocks * num_epochs // step_blocks)
+    starts = range(0, num_steps * step_blocks, step_blocks)
+    ids = [block_ids_at(start, step_blocks, num_blocks, seed) for start in starts]
+    places = np.concatenate(ids)[: num_blocks * num_epochs].reshape(num_epochs, num_blocks)
+    assert (np.sort(places, axis=1) == np.arange(num_blocks)).all()
+
+
+@given(
+    steps=st.lists(st.integers(0, 1000), min_size=1, max_size=12),
+    num_blocks=st.integers(1, 40),
+    step_blocks=st.integers(1, 60),
+)
+@any_speed
+def test_a_steps_blocks_do_not_depend_on_what_was_asked_before(steps, num_blocks, step_blocks):
+    def ids_at(step: int) -> list[int]:
+        return block_ids_at(step * step_blocks, step_blocks, num_blocks, seed=7).tolist()
+
+    rising = {step: ids_at(step) for step in sorted(steps)}
+    assert [ids_at(step) for step in steps] == [rising[step] for step in steps]
+
+
+def test_the_answer_may_be_changed_without_changing_the_next():
+    first = block_ids_at(0, 4, 8, seed=1)
+    expected = first.tolist()
+    first[:] = -1
+    assert block_ids_at(0, 4, 8, seed=1).tolist() == expected
+
+
+def test_the_order_differs_between_epochs_and_seeds():
+    orders = {
+        tuple(block_ids_at(50 * epoch, 50, 50, seed).tolist())
+        for seed in range(5)
+        for epoch in range(5)
+    }
+    assert len(orders) == 25
+
+
+@given(num_blocks=st.integers(1, 40), one=st.integers(1, 12), two=st.integers(1, 12))
+@any_speed
+def test_the_order_of_blocks_does_not_depend_on_how_many_a_step_takes(num_blocks, one, two):
+    by_one = np.concatenate([block_ids_at(step * one, one, num_blocks, 3) for step in range(two)])
+    by_two = np.concatenate([block_ids_at(step * two, two, num_blocks, 3) for step in range(one)])
+    assert by_one.tolist() == by_two.tolist()
+
+
+def test_the_examples_in_the_module_are_true():
+    results = doctest.testmod(qloop.steps)
+    assert results.attempted >= 2
+    assert results.failed == 0

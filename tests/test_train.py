@@ -19,7 +19,7 @@ from qloop.config.keys import Config
 from qloop.config.loading import dump_yaml, load_config
 from qloop.distributed.stops import StopRequest
 from qloop.errors import ConfigError, DivergenceError, StoppedError
-from qloop.run import assemble
+from qloop.run import build_run
 from qloop.train import run_steps, train
 
 COMPARED = ("step", "loss", "grad_norm", "learning_rate", "target_tokens", "tokens_seen")
@@ -206,9 +206,9 @@ def test_a_process_that_is_killed_goes_on_to_the_last_bit(make_config):
 
 def test_every_block_is_read_once_an_epoch(make_config):
     config = make_config(max_steps=None, num_epochs=2, batch_size=1, gradient_accumulation_steps=1)
-    parts = assemble(config, [])
-    assert parts.last_step == 2 * len(parts.index)
-    parts.close()
+    run = build_run(config)
+    assert run.last_step == 2 * len(run.data.index)
+    run.close()
 
 
 def test_the_earlier_of_max_steps_and_num_epochs_ends_the_run(make_config):
@@ -216,32 +216,32 @@ def test_the_earlier_of_max_steps_and_num_epochs_ends_the_run(make_config):
         config = make_config(
             experiment_name=f"run{max_steps}", max_steps=max_steps, num_epochs=1.0, warmup_steps=1
         )
-        parts = assemble(config, [])
-        assert parts.last_step == expected
-        parts.close()
+        run = build_run(config)
+        assert run.last_step == expected
+        run.close()
 
 
 def test_a_step_that_is_not_finite_leaves_weights_and_moments_as_they_were(make_config):
-    parts = assemble(make_config(max_steps=6), [])
+    run = build_run(make_config(max_steps=6))
     before: dict[str, torch.Tensor] = {}
 
     def poison(gradient: torch.Tensor) -> torch.Tensor:
-        if parts.progress.step < 2:
+        if run.progress.step < 2:
             return gradient
-        for name, parameter in parts.model.named_parameters():
+        for name, parameter in run.model.named_parameters():
             before.setdefault(name, parameter.detach().clone())
-            for moment, tensor in parts.engine.optimizer.state[parameter].items():
+            for moment, tensor in run.engine.optimizer.state[parameter].items():
                 before.setdefault(f"{name}/{moment}", tensor.clone())
         return torch.full_like(gradient, float("nan"))
 
-    next(parts.model.parameters()).register_hook(poison)
+    next(run.model.parameters()).register_hook(poison)
     with pytest.raises(DivergenceError, match=r"step 3: .*weights are those after step 2"):
-        run_steps(parts, StopRequest())
-    parts.close()
-    assert parts.progress.step == 2
-    for name, parameter in parts.model.named_parameters():
+        run_steps(run, StopRequest())
+    run.close()
+    assert run.progress.step == 2
+    for name, parameter in run.model.named_parameters():
         assert torch.equal(parameter, before[name])
-        for moment, tensor in parts.engine.optimizer.state[parameter].items():
+        for moment, tensor in run.engine.optimizer.state[parameter].items():
             assert torch.equal(tensor, before[f"{name}/{moment}"])
 
 
@@ -256,16 +256,16 @@ def test_a_save_that_is_under_way_ends_before_an_error_ends_the_run(make_config,
         sync(self, descriptor)
 
     monkeypatch.setattr(FileSystem, "sync", wait_and_sync)
-    parts = assemble(config, [])
+    run = build_run(config)
 
     def poison(gradient: torch.Tensor) -> torch.Tensor:
-        if parts.progress.step < 4:
+        if run.progress.step < 4:
             return gradient
         threading.Timer(0.2, release.set).start()
         return torch.full_like(gradient, float("nan"))
 
-    next(parts.model.parameters()).register_hook(poison)
-    monkeypatch.setattr("qloop.train.assemble", lambda config, notes: parts)
+    next(run.model.parameters()).register_hook(poison)
+    monkeypatch.setattr("qloop.train.build_run", lambda config, notes: run)
     with pytest.raises(DivergenceError):
         train(config, [])
     assert (config.run.output_dir / "run/checkpoints/checkpoint-3/COMMIT").exists()

@@ -78,10 +78,11 @@ def write_model_config(folder: Path, model_type: str = "qwen2", **keys: Any) -> 
 
 
 def load_corpus(
-    train: Source, held_out: Source | None, encoder: Encoder, cache_dir: Path, *settings: Any
+    train: Source, held_out: Source | None, encoder: Encoder, cache_dir: Path, **settings: Any
 ) -> Corpus:
-    """Builds a corpus, if it is not there, and opens it."""
-    folder, was_cached = build_corpus(train, held_out, encoder, cache_dir, *settings)
+    """Builds a corpus, unless it is cached, and opens it; by default nothing is held out."""
+    settings = {"held_out_share": 0.0, "train_on_prompt": False, "deduplicate": True, **settings}
+    folder, was_cached = build_corpus(train, held_out, encoder, cache_dir, **settings)
     return open_corpus(folder, encoder, was_cached)
 
 
@@ -140,18 +141,18 @@ class Workspace:
         from qloop.distributed.stops import StopRequest
         from qloop.model.compilation import count_compilations
         from qloop.report.files import read_records
-        from qloop.run import assemble
+        from qloop.run import build_run
         from qloop.train import run_steps
 
         reset_accelerate()
-        parts = assemble(self.make_config(experiment_name=name, compile="true", **keys), [])
+        run = build_run(self.make_config(experiment_name=name, compile="true", **keys))
         before = count_compilations()
         assert before > 0
         with StopRequest() as stop:
-            run_steps(parts, stop)
-        parts.close()
+            run_steps(run, stop)
+        run.close()
         assert count_compilations() == before
-        return [record["loss"] for record in read_records(parts.run.metrics)]
+        return [record["loss"] for record in read_records(run.folder.directory.metrics)]
 
     def method_keys(self, method: str) -> dict[str, Any]:
         """Gives the keys that a method needs; adapters get a base, trained on first use."""

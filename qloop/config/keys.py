@@ -79,11 +79,10 @@ class ModelConfig(Section):
         description="documents: without a mask, each document for itself; the others are "
         "transformers' own; auto: documents where the model allows it",
     )
-    loss: Literal["auto", "logits", "chunked", "fused", "torch", "liger"] = Field(
+    loss: Literal["auto", "logits", "chunked", "fused"] = Field(
         "auto",
-        description="logits: all at once; the others never hold all: chunked: some rows at a time, "
-        "fused: so too, compiled, torch: linear_cross_entropy, liger: liger-kernel; auto: by "
-        "device and size",
+        description="logits: all at once; chunked: some rows at a time, never all of them; fused: "
+        "the same with a compiled kernel; auto: by device and size",
     )
     gradient_checkpointing: Literal["auto", "full", "selective", "off"] | bool = Field(
         "auto",

@@ -1,12 +1,6 @@
-"""Which blocks a step reads, and their tensors; a pure function of the blocks seen before it.
+"""Tensors of blocks, and the reader that builds the micro-batches of any step in the background.
 
-There is no loader and no state: the blocks of any step of any run can be asked for, in any order,
-on any number of processes.
-
-    >>> block_ids_at(0, step_blocks=4, num_blocks=6, seed=1).tolist()
-    [4, 0, 2, 1]
-    >>> block_ids_at(4, step_blocks=4, num_blocks=6, seed=1).tolist()  # the epoch ends in mid-step
-    [5, 3, 1, 4]
+There is no loader and no state to save: `steps.block_ids_at` decides which blocks a step reads.
 """
 
 import functools
@@ -20,38 +14,38 @@ import torch
 
 from qloop.data.packing import BlockIndex, Integers
 from qloop.data.tokens import TokenStore
-from qloop.steps import block_ids_at
+from qloop.steps import StepLayout, block_ids_at
 
 IGNORED = -100
-"""The label of a position that is no target; the value that torch's cross-entropy passes over."""
+"""The label of a position that is no target; `ignore_index` of torch's cross-entropy."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass reads; each tensor is int64 of shape [batch, sequence]."""
+    """Input of one forward pass; each tensor is int64 of shape [batch, sequence]."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     """The token that follows each position in its document, or IGNORED; already shifted."""
     position_ids: torch.Tensor
-    """Place within the slice, from 0: where it starts anew, another document starts."""
+    """Position within the slice, from 0; each 0 starts another slice, or padding."""
 
     @functools.cached_property
     def boundaries(self) -> torch.Tensor:
         """Where slices start in the flattened batch, and its end; int32, [slices + 1].
 
-        Found on the CPU: a GPU would have to be waited for, to know how many there are.
+        Computed on the CPU: their number decides the shape, so a GPU would block the loop.
         """
         assert self.position_ids.device.type == "cpu"
         starts = (self.position_ids.flatten() == 0).nonzero()[:, 0]
         return torch.cat([starts, torch.tensor([self.position_ids.numel()])]).int()
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """Copies to a device, without waiting for it if this one is pinned."""
+        """Copies to a device; does not block if this batch is pinned."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> "MicroBatch":
-        """Copies to memory that a GPU can read by itself."""
+        """Copies to pinned memory, which a GPU reads without the CPU."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
@@ -63,8 +57,13 @@ class MicroBatch:
 def build_micro_batch(store: TokenStore, index: BlockIndex, block_ids: Integers) -> MicroBatch:
     """Gathers the slices of some blocks into tensors.
 
-    Padding has no label, and starts at position 0 like a document of its own, so that nothing
-    attends to it.
+    Padding has no label, and its positions start at 0 like a document's, so that nothing attends
+    to it.
+
+    Args:
+        store: The corpus.
+        index: Its blocks.
+        block_ids: The blocks to gather, any number of times each. [batch]
     """
     shape = (len(block_ids), index.block_length)
     input_ids = np.full(shape, store.end_id, dtype=np.int64)
@@ -80,7 +79,7 @@ def build_micro_batch(store: TokenStore, index: BlockIndex, block_ids: Integers)
             tokens = store.tokens[begin : begin + length + 1].astype(np.int64)
             input_ids[row, here] = tokens[:-1]
             labels[row, here] = tokens[1:]
-            # Tokens before the first learned one are read but are no targets: a prompt.
+            # A prompt's tokens are read but are no targets.
             untrained = int(store.first_targets[document]) - (first + 1)
             labels[row, column : column + min(max(untrained, 0), length)] = IGNORED
             position_ids[row, here] = np.arange(length)
@@ -90,7 +89,7 @@ def build_micro_batch(store: TokenStore, index: BlockIndex, block_ids: Integers)
 
 
 def count_targets(store: TokenStore, index: BlockIndex, block_ids: Integers) -> int:
-    """Counts the positions of some blocks that have a label, without reading a token."""
+    """Counts the positions of some blocks that have a label, without reading any tokens."""
     pieces = index.pieces_of(block_ids)
     length = index.length[pieces]
     untrained = store.first_targets[index.document[pieces]] - (index.first[pieces] + 1)
@@ -98,69 +97,65 @@ def count_targets(store: TokenStore, index: BlockIndex, block_ids: Integers) -> 
 
 
 class StepBatches(NamedTuple):
-    """What a step reads."""
+    """The data of one step."""
 
     block_ids: Integers
-    """Of all ranks."""
+    """Of all ranks, in their global order."""
     micro_batches: list[MicroBatch]
     """Of this rank."""
     target_tokens: int
-    """Of all ranks."""
+    """Over all ranks."""
 
 
 class StepReader:
-    """Gives a rank the batches of any step, and meanwhile builds those of the next one."""
+    """Builds a rank's batches of any step, and in the background those of the next one."""
 
     def __init__(
         self,
         store: TokenStore,
         index: BlockIndex,
-        step_blocks: int,
-        accumulation: int,
+        step: StepLayout,
+        *,
         rank: int,
         num_ranks: int,
         seed: int,
         pins: bool,
     ) -> None:
-        """Takes what decides a step's batches.
+        """Starts the thread that reads ahead.
 
         Args:
             store: The corpus.
             index: Its blocks.
-            step_blocks: Blocks in a step, over all ranks.
-            accumulation: Micro-batches in a step of a rank.
-            rank: This one.
-            num_ranks: Of the run. Micro-batch m of a rank is number m * num_ranks + rank of the
-                step.
+            step: The division of a step into micro-batches.
+            rank: This process's. Its micro-batch m is number m * num_ranks + rank of the step.
+            num_ranks: Processes of the run.
             seed: The run's.
-            pins: Whether batches go to memory that a GPU reads by itself.
+            pins: Whether to copy batches to pinned memory.
         """
-        self._store, self._index, self._step_blocks, self._seed = store, index, step_blocks, seed
-        self._accumulation, self._rank, self._num_ranks = accumulation, rank, num_ranks
-        self._pins = pins
-        # A thread starts out on the first GPU, where its pinning would take memory from another
-        # rank.
+        self._store, self._index, self._step, self._seed = store, index, step, seed
+        self._rank, self._num_ranks, self._pins = rank, num_ranks, pins
+        # A new thread uses the first GPU; pinning there would take memory from another rank.
         on_gpu = (torch.cuda.set_device, (torch.cuda.current_device(),)) if pins else (None, ())
         self._thread = ThreadPoolExecutor(1, "step reader", *on_gpu)
         self._next: tuple[int, Future[StepBatches]] | None = None
 
     def read(self, blocks_seen: int) -> StepBatches:
-        """Gives the batches of the step that follows so many blocks."""
+        """Returns the batches of the step that starts after this many blocks of the run."""
         if self._next is not None and self._next[0] == blocks_seen:
             batches = self._next[1].result()
         else:
             batches = self._build(blocks_seen)
-        after = blocks_seen + self._step_blocks
+        after = blocks_seen + self._step.blocks
         self._next = (after, self._thread.submit(self._build, after))
         return batches
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._thread.shutdown(cancel_futures=True)
 
     def _build(self, blocks_seen: int) -> StepBatches:
-        block_ids = block_ids_at(blocks_seen, self._step_blocks, len(self._index), self._seed)
-        rank_ids = block_ids.reshape(self._accumulation, self._num_ranks, -1)[:, self._rank]
+        block_ids = block_ids_at(blocks_seen, self._step.blocks, len(self._index), self._seed)
+        rank_ids = block_ids.reshape(self._step.accumulation, self._num_ranks, -1)[:, self._rank]
         micro_batches = [build_micro_batch(self._store, self._index, ids) for ids in rank_ids]
         if self._pins:
             micro_batches = [micro_batch.pin() for micro_batch in micro_batches]

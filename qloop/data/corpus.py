@@ -1,9 +1,17 @@
-"""The tokenised corpus: two token stores, the ledger, and which documents are held out."""
+"""The tokenised corpus: token stores of both sides, the account of the reading, the split.
+
+    <cache_dir>/tokens/<fingerprint>/
+      train/ held_out/    a token store each
+      report.json         the ledger of each side, and every refusal
+
+The fingerprint hashes all that decides the content: the sources' bytes, the tokenizer, the
+settings. An edited file makes another corpus; an unchanged one is opened at once. The folder is
+whole or absent.
+"""
 
 import hashlib
 import json
 import socket
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,18 +23,23 @@ from qloop.data.tokens import StoreWriter, TokenStore, open_store
 from qloop.errors import DataError
 from qloop.storage.folders import delete_leftovers, whole_folder
 
-FORMAT = 1
+_FORMAT = 1
+"""Of the folder's files; another number makes another fingerprint."""
+_SIDES = ("train", "held_out")
+_Item = tuple[str, Document | Refusal]
+"""Its side, and what was read."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The tokenised corpus and the account of its reading."""
+    """An open corpus."""
 
     train: TokenStore
     held_out: TokenStore | None
     report: dict[str, Any]
+    """Ledger of each side by its name (None if nothing was read), and `refusals`."""
     fingerprint: str
-    """Names the content: the same corpus has the same, wherever it lies."""
+    """Names the content: equal for the same corpus in any place."""
     was_cached: bool
 
 
@@ -35,29 +48,32 @@ def build_corpus(
     held_out: Source | None,
     encoder: Encoder,
     cache_dir: Path,
+    *,
     held_out_share: float,
     train_on_prompt: bool,
     deduplicate: bool,
 ) -> tuple[Path, bool]:
-    """Makes sure that this content is tokenised.
+    """Tokenises the documents, unless the cache has their stores.
 
     Args:
-        train: Documents to learn from, and to hold some out of if `held_out` is none.
+        train: Documents to learn from, and to hold some out of if `held_out` is None.
         held_out: Documents never to learn from.
         encoder: The tokenizer.
-        cache_dir: Where stores are kept; safe to delete.
-        held_out_share: Of the training documents, when `held_out` is none; 0 holds out nothing.
+        cache_dir: Parent of the stores; safe to delete.
+        held_out_share: Share of the training documents to hold out, in [0, 1); unused if there is
+            a `held_out`.
         train_on_prompt: Whether a prompt's tokens are targets.
         deduplicate: Whether exact copies are left out.
 
     Returns:
-        The folder of its stores, and whether it was there before.
+        The corpus's folder, and whether it was there before.
 
     Raises:
-        DataError: Nothing is usable, or no document is on one of the two sides.
+        DataError: A source cannot be read, or one of the two sides has no usable document.
+        OSError: The disk refuses.
     """
     settings = {
-        "format": FORMAT,
+        "format": _FORMAT,
         "train": train.fingerprint,
         "held_out": held_out.fingerprint if held_out else held_out_share,
         "tokenizer": encoder.fingerprint,
@@ -66,30 +82,32 @@ def build_corpus(
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_dir / "tokens" / key
-    was_cached = folder.is_dir()
-    if not was_cached:
-        delete_leftovers(folder.parent)
-        sides = _split(train, held_out, held_out_share)
-        holds_out = held_out is not None or held_out_share > 0
-        try:
-            with whole_folder(folder) as building:
-                report = _build(sides, encoder, building, train_on_prompt, deduplicate, holds_out)
-                (building / "report.json").write_text(json.dumps(report), encoding="utf-8")
-        except OSError:
-            if not folder.is_dir():  # else another process built the same in the meantime
-                raise
-    return folder, was_cached
+    if folder.is_dir():
+        return folder, True
+    delete_leftovers(folder.parent)
+    try:
+        with whole_folder(folder) as building:
+            writers = {
+                side: StoreWriter(building / side, encoder, train_on_prompt) for side in _SIDES
+            }
+            report = _write_stores(_split(train, held_out, held_out_share), writers, deduplicate)
+            _refuse_empty(report, _SIDES if held_out or held_out_share else ("train",))
+            (building / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    except OSError:
+        if not folder.is_dir():  # else another process has built the same meanwhile
+            raise
+    return folder, False
 
 
 def open_corpus(folder: Path, encoder: Encoder, was_cached: bool) -> Corpus:
-    """Maps the stores of a corpus; nothing but the report is read.
+    """Maps the stores of a corpus into memory; reads only the report.
 
     Raises:
-        DataError: The folder is not there, or its files are damaged.
+        DataError: The folder does not exist, or its files are damaged.
     """
     if not folder.is_dir():
         raise DataError(
-            f"{folder}: the tokenised corpus is not to be seen from {socket.gethostname()}; "
+            f"{folder}: the tokenised corpus does not exist on {socket.gethostname()}; "
             "--cache_dir must be a folder that all machines of the run share"
         )
     try:
@@ -109,19 +127,16 @@ def open_corpus(folder: Path, encoder: Encoder, was_cached: bool) -> Corpus:
 
 
 def is_held_out(content_hash: bytes, share: float) -> bool:
-    """Whether a document belongs to the held-out share: by its content alone.
+    """Whether a document belongs to the held-out share, by its content alone.
 
-    The first 8 bytes of the hash, read as a number in [0, 1), lie below the share. So a document
-    keeps its side whatever else is in the corpus, and equal documents are always on the same side.
+    It does if the first 8 bytes of the hash, read as a number in [0, 1), lie below the share. So a
+    document keeps its side whatever else is in the corpus, and equal documents share a side.
     """
     return int.from_bytes(content_hash[:8], "big") < share * 2**64
 
 
-_Side = tuple[str, Document | Refusal]
-
-
-def _split(train: Source, held_out: Source | None, share: float) -> Iterator[_Side]:
-    """Yields each thing read with its side; the held-out file first, to know its texts."""
+def _split(train: Source, held_out: Source | None, share: float) -> Iterator[_Item]:
+    """Yields each item read with its side; those of a held-out source first."""
     if held_out:
         for item in held_out.documents():
             yield "held_out", item
@@ -132,27 +147,20 @@ def _split(train: Source, held_out: Source | None, share: float) -> Iterator[_Si
             yield "held_out" if is_held_out(item.content_hash, share) else "train", item
 
 
-def _build(
-    items: Iterator[_Side],
-    encoder: Encoder,
-    folder: Path,
-    train_on_prompt: bool,
-    deduplicate: bool,
-    holds_out: bool,
+def _write_stores(
+    items: Iterator[_Item], writers: dict[str, StoreWriter], deduplicate: bool
 ) -> dict[str, Any]:
-    """Tokenises everything into two stores; returns the report."""
-    writers = {
-        side: StoreWriter(folder / side, encoder, train_on_prompt) for side in ("train", "held_out")
-    }
+    """Writes each usable document to the store of its side; returns the report."""
     refusals: list[dict[str, str]] = []
-    reasons: dict[str, Counter[str]] = {side: Counter() for side in writers}
     seen: dict[str, set[bytes]] = {side: set() for side in writers}
     for side, item in items:
         ledger = writers[side].ledger
         ledger.read += 1
         if isinstance(item, Refusal):
             refusals.append({"side": side, **asdict(item)})
-            reasons[side][item.reason] += 1
+            ledger.refused += 1
+            reasons = ledger.refused_by_reason
+            reasons[item.reason] = reasons.get(item.reason, 0) + 1
         elif side == "train" and item.content_hash in seen["held_out"]:
             ledger.also_held_out += 1
         elif deduplicate and item.content_hash in seen[side]:
@@ -164,24 +172,24 @@ def _build(
     report: dict[str, Any] = {}
     for side, writer in writers.items():
         writer.close()
-        writer.ledger.refused = sum(reasons[side].values())
-        writer.ledger.refused_by_reason = dict(reasons[side])
         report[side] = asdict(writer.ledger) if writer.ledger.read else None
-    for side in ("train", "held_out"):
-        if not writers[side].ledger.documents and (side == "train" or holds_out):
-            raise DataError(_nothing_usable(side, report, refusals))
     return {**report, "refusals": refusals}
 
 
-def _nothing_usable(side: str, report: dict[str, Any], refusals: list[dict[str, str]]) -> str:
-    lines = [f"the corpus has no usable {side.replace('_', '-')} document"]
-    for name in ("train", "held_out"):
-        if report[name]:
+def _refuse_empty(report: dict[str, Any], required: tuple[str, ...]) -> None:
+    """Raises DataError if a required side has no document."""
+    empty = next((side for side in required if not (report[side] or {}).get("documents")), None)
+    if empty is None:
+        return
+    lines = [f"the corpus has no usable {empty.replace('_', '-')} document"]
+    for side in _SIDES:
+        if report[side]:
             counts = ", ".join(
-                f"{word.replace('_', ' ')} {report[name][word]}"
-                for word in ("read", "documents", "refused", "duplicates", "also_held_out")
+                f"{name.replace('_', ' ')} {report[side][name]}"
+                for name in ("read", "documents", "refused", "duplicates", "also_held_out")
             )
-            lines.append(f"  {name}: {counts}")
-    lines += [f"  {item['place']}: {item['reason']}: {item['detail']}" for item in refusals[:5]]
+            lines.append(f"  {side}: {counts}")
+    refusals = report["refusals"][:5]
+    lines += [f"  {item['place']}: {item['reason']}: {item['detail']}" for item in refusals]
     lines.append("  give more documents, or change held_out_share or the eval file")
-    return "\n".join(lines)
+    raise DataError("\n".join(lines))

@@ -1,7 +1,7 @@
-"""Reads documents from Q files, JSONL, Parquet or a hub dataset; strictly, and losing nothing.
+"""Reads documents from Q files, JSONL, Parquet or a hub dataset; strictly, without losing any.
 
-Whatever cannot be used comes out as a `Refusal` with its place and reason, in the order it was met;
-the rest of the corpus goes on. Text is used as it stands: no byte is corrected on the way.
+An item that cannot be used becomes a `Refusal` with its place and reason, in the order of reading;
+the rest of the corpus is read on. Text is used as it is: no byte is corrected.
 
     trades.jsonl:1   {"text": "select from trade"}   -> Document
     trades.jsonl:2   {"text": 5}                     -> Refusal wrong_type: "text" is int
@@ -10,6 +10,7 @@ the rest of the corpus goes on. Text is used as it stands: no byte is corrected 
 
 import codecs
 import hashlib
+import itertools
 import json
 import os
 import stat
@@ -20,13 +21,13 @@ from typing import Any, NamedTuple
 
 from qloop.errors import DataError
 
-Q_SUFFIXES = (".q", ".k")
-JSONL_SUFFIXES = (".jsonl", ".json")
+_Q_SUFFIXES = (".q", ".k")
+_JSONL_SUFFIXES = (".jsonl", ".json")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One source text: what is learned (`text`), and what may stand before it (`prompt`)."""
+    """One source text: `text` is learned; `prompt`, often empty, precedes it."""
 
     text: str
     prompt: str
@@ -35,13 +36,13 @@ class Document:
 
     @property
     def content_hash(self) -> bytes:
-        """SHA-256 of the content; the same text has the same hash wherever it stands."""
+        """SHA-256 of prompt and text; does not depend on the place."""
         return hashlib.sha256(f"{self.prompt}\0{self.text}".encode()).digest()
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something in the corpus that could not be used, and why."""
+    """An item of the corpus that cannot be used, and why."""
 
     place: str
     reason: str
@@ -50,14 +51,23 @@ class Refusal:
     detail: str
 
 
+class Source(NamedTuple):
+    """Documents to read, and the identity of their content."""
+
+    documents: Callable[[], Iterator[Document | Refusal]]
+    """Reads them from the start at each call."""
+    fingerprint: str
+    """The name of the text field, and a hash of the content; tells which corpus is cached."""
+
+
 def list_source_files(path: Path) -> list[Path]:
-    """Lists the files that a corpus path stands for, sorted: their order is the same everywhere.
+    """Lists the files of a corpus path, sorted, so that their order is the same everywhere.
 
     Args:
-        path: A file, or a folder, of which the `.q` and `.k` entries are taken at any depth.
+        path: A file, or a folder, whose `.q` and `.k` files are taken at any depth.
 
     Raises:
-        DataError: The path does not exist, is of no known format, or the folder has no such file.
+        DataError: The path does not exist, has no known format, or the folder has no such file.
     """
     if path.is_dir():
         found = sorted(_iterate_folder(path))
@@ -66,39 +76,27 @@ def list_source_files(path: Path) -> list[Path]:
         return found
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
-    if path.suffix.lower() not in (*Q_SUFFIXES, *JSONL_SUFFIXES, ".parquet"):
+    if path.suffix.lower() not in (*_Q_SUFFIXES, *_JSONL_SUFFIXES, ".parquet"):
         raise DataError(
             f"{path}: unknown format; give JSONL (.jsonl), Parquet (.parquet), a .q or .k file, "
             "or a folder of them"
         )
-    return [path.resolve()]  # a link that the user names is meant to be followed
-
-
-def _iterate_folder(path: Path) -> Iterator[Path]:
-    """Yields Q files, and links to folders, which will be refused rather than passed over."""
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
-
-    for folder, folders, names in os.walk(path, onerror=refuse):
-        links = [name for name in folders if Path(folder, name).is_symlink()]
-        files = [name for name in names if name.lower().endswith(Q_SUFFIXES)]
-        yield from (Path(folder, name) for name in (*links, *files))
+    return [path.resolve()]  # a link that the user names is followed
 
 
 def iterate_documents(files: list[Path], text_field: str) -> Iterator[Document | Refusal]:
-    """Yields every document of some files, or the reason why it is none.
+    """Yields the documents of some files, and a refusal for each item that is none.
 
     Raises:
         DataError: A Parquet file cannot be opened or lacks the columns.
     """
     for file in files:
         if not stat.S_ISREG(file.lstat().st_mode):
-            # A link would count its target twice or lead in a circle; a pipe would block.
+            # A link would repeat its target or lead in a circle; a pipe would block.
             yield Refusal(str(file), "not_a_regular_file", "links, pipes and devices are not read")
         elif not os.access(file, os.R_OK):
             yield Refusal(str(file), "unreadable", "no permission to read it")
-        elif file.suffix.lower() in JSONL_SUFFIXES:
+        elif file.suffix.lower() in _JSONL_SUFFIXES:
             yield from _iterate_jsonl(file, text_field)
         elif file.suffix.lower() == ".parquet":
             yield from _iterate_parquet(file, text_field)
@@ -109,32 +107,48 @@ def iterate_documents(files: list[Path], text_field: str) -> Iterator[Document |
 def iterate_rows(
     rows: Iterator[dict[str, Any]], name: str, text_field: str
 ) -> Iterator[Document | Refusal]:
-    """Yields the documents of a hub dataset's rows, likewise."""
+    """Yields the documents of a hub dataset's rows, and a refusal for each row that is none."""
     for number, row in enumerate(rows):
         yield _document_of(row, text_field, f"{name} row {number}")
 
 
+def _iterate_folder(path: Path) -> Iterator[Path]:
+    """Yields Q files, and links to folders, which are refused later instead of skipped."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    for folder, folders, names in os.walk(path, onerror=refuse):
+        links = [name for name in folders if Path(folder, name).is_symlink()]
+        files = [name for name in names if name.lower().endswith(_Q_SUFFIXES)]
+        yield from (Path(folder, name) for name in (*links, *files))
+
+
 def _read_source(file: Path) -> Document | Refusal:
-    text = _decode(file.read_bytes(), str(file))
-    return text if isinstance(text, Refusal) else _checked(text, "", str(file))
+    try:
+        return _checked(file.read_bytes().decode(), "", str(file))
+    except UnicodeDecodeError as error:
+        return _refuse_bytes(error, str(file))
 
 
 def _iterate_jsonl(file: Path, text_field: str) -> Iterator[Document | Refusal]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            place = f"{file}:{number}"
-            # A mark of the file, not of its first text.
+            # A byte order mark belongs to the file, not to its first text.
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            text = _decode(content.rstrip(b"\r\n"), place)
-            if isinstance(text, Refusal):
-                yield text
-            elif not text.strip():
-                yield Refusal(place, "empty", "a blank line")
-            else:
-                try:
-                    yield _document_of(json.loads(text), text_field, place)
-                except (ValueError, RecursionError) as error:
-                    yield Refusal(place, "malformed_json", str(error))
+            yield _parse_line(content.rstrip(b"\r\n"), text_field, f"{file}:{number}")
+
+
+def _parse_line(line: bytes, text_field: str, place: str) -> Document | Refusal:
+    try:
+        text = line.decode()
+        if not text.strip():
+            return Refusal(place, "empty", "a blank line")
+        return _document_of(json.loads(text), text_field, place)
+    except UnicodeDecodeError as error:
+        return _refuse_bytes(error, place)
+    except (ValueError, RecursionError) as error:
+        return Refusal(place, "malformed_json", str(error))
 
 
 def _iterate_parquet(file: Path, text_field: str) -> Iterator[Document | Refusal]:
@@ -150,17 +164,15 @@ def _iterate_parquet(file: Path, text_field: str) -> Iterator[Document | Refusal
                 f'{file}: has neither a column "{text_field}" nor "prompt" and "completion"; '
                 f"columns: {', '.join(has)}"
             )
-        number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=columns):
-            for row in _iterate_parquet_rows(batch):
-                yield _document_of(row, text_field, f"{file} row {number}")
-                number += 1
+        batches = table.iter_batches(batch_size=1024, columns=columns)
+        rows = itertools.chain.from_iterable(map(_iterate_parquet_rows, batches))
+        yield from iterate_rows(rows, str(file), text_field)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file}: not readable as Parquet: {error}") from error
 
 
 def _iterate_parquet_rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """Yields a batch's rows; what is not UTF-8 becomes lone surrogates, to be refused alone."""
+    """Yields a batch's rows; bad UTF-8 becomes lone surrogates, so that only its row is refused."""
     import pyarrow
 
     columns = []
@@ -203,20 +215,10 @@ def _checked(text: str, prompt: str, place: str) -> Document | Refusal:
     return Document(text, prompt, place)
 
 
-def _decode(content: bytes, place: str) -> str | Refusal:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        value = content[error.start]
-        return Refusal(place, "not_utf8", f"byte 0x{value:02x} at offset {error.start}")
+def _refuse_bytes(error: UnicodeDecodeError, place: str) -> Refusal:
+    value = error.object[error.start]
+    return Refusal(place, "not_utf8", f"byte 0x{value:02x} at offset {error.start}")
 
 
 def _kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
-
-
-class Source(NamedTuple):
-    """Documents to read, and the hash of their content."""
-
-    documents: Callable[[], Iterator[Document | Refusal]]
-    fingerprint: str

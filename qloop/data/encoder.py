@@ -1,4 +1,4 @@
-"""A tokenizer reduced to what the token store needs of it."""
+"""The tokenizer, reduced to the two functions and four values that the token store uses."""
 
 import hashlib
 import json
@@ -9,22 +9,23 @@ from transformers import PreTrainedTokenizerBase
 
 
 class Encoder(NamedTuple):
-    """A tokenizer reduced to what the store needs of it."""
+    """Turns texts into token ids, and frames documents."""
 
     encode: Callable[[list[str]], list[list[int]]]
-    """Token ids of texts, with nothing added, text that spells a special token kept as text."""
+    """Token ids of texts: nothing is added, text that spells a special token stays text."""
     count_bytes: Callable[[list[int]], int]
-    """UTF-8 bytes that some ids spell."""
+    """UTF-8 bytes of the text that some ids spell."""
     start_ids: list[int]
-    """What the model expects before every document; often nothing."""
+    """Ids that the model expects before every document; often none."""
     end_id: int
     vocabulary_size: int
+    """The largest id plus one; ids may have gaps."""
     fingerprint: str
     """Hash of all that decides the ids."""
 
 
 def build_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    """Reduces a tokenizer to what the token store needs of it."""
+    """Builds the encoder of a tokenizer that has an end token (`eos_token`)."""
 
     def encode(texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -40,12 +41,12 @@ def build_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
 
     def count_bytes(ids: list[int]) -> int:
         plain = [token for token in ids if token not in tokenizer.all_special_ids]
-        if is_byte_level:  # a letter of a token's name for each byte, also of half a character
+        if is_byte_level:  # a token's name has a letter for each byte, also of half a character
             return sum(len(name) for name in tokenizer.convert_ids_to_tokens(plain))
         return len(tokenizer.decode(plain).encode()) if plain else 0
 
     end_id = int(tokenizer.eos_token_id)
-    # Some tokenizers put a start token before every text (Llama, Gemma), some end it themselves.
+    # Some tokenizers put a start token before every text (Llama, Gemma), some an end token after.
     start_ids = [
         token
         for token in tokenizer("")["input_ids"]
@@ -55,15 +56,14 @@ def build_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
         definition = tokenizer.backend_tokenizer.to_str()
         is_byte_level = '"ByteLevel"' in json.dumps(json.loads(definition)["decoder"])
     else:
-        is_byte_level = False
         definition = json.dumps(sorted(tokenizer.get_vocab().items()))
+        is_byte_level = False
     settings = f"{type(tokenizer).__name__} {start_ids} {end_id} {definition}"
     return Encoder(
         encode=encode,
         count_bytes=count_bytes,
         start_ids=start_ids,
         end_id=end_id,
-        # Not its length: ids may have gaps.
         vocabulary_size=max(tokenizer.get_vocab().values()) + 1,
         fingerprint=hashlib.sha256(settings.encode()).hexdigest(),
     )

@@ -1,65 +1,58 @@
-"""Block indexes kept beside the token store that they belong to, packed once and mapped by all.
+"""Block indexes, kept next to their token store: packed once, mapped by every process.
 
     <store>/index-1-best_fit-2048/    format, packing, block length
       starts.npy document.npy first.npy length.npy
       seal.txt                        hashes of these files and of the store's offsets
     <store>/packing.lock              held by the process that packs
 
-Ten million documents take seconds to pack, but a gigabyte of memory in every process; mapped, the
-pages are the page cache's, shared by the ranks of a machine and read as they are needed.
+Packing ten million documents takes seconds, but the index a gigabyte of memory in every process.
+Mapped, its pages are in the page cache, shared by the ranks of a machine and read when needed.
 """
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from qloop.data.packing import BlockIndex, Integers, pack_best_fit, pack_wrapped
+from qloop.data.packing import PACKINGS, BlockIndex
 from qloop.data.tokens import TokenStore
-from qloop.storage.folders import hash_files
+from qloop.storage.folders import delete_leftovers, file_lock, hash_files, whole_folder
 
-FORMAT = 1
-PACKINGS: dict[str, Callable[[Integers, int], BlockIndex]] = {
-    "best_fit": pack_best_fit,
-    "wrapped": pack_wrapped,
-}
+_FORMAT = 1
 _ARRAYS = ("starts", "document", "first", "length")
 
 
 def load_index(folder: Path, store: TokenStore, packing: str, block_length: int) -> BlockIndex:
-    """Opens the index of a store, packing it first if it was not, or if its files are damaged.
+    """Opens the index of a store; packs it first if it is missing or damaged.
 
-    Several processes may ask at once: one packs, the others wait, and open what it made.
+    Several processes may call this at once: one packs, the others wait and open its result.
 
     Args:
         folder: The store's.
-        store: What is packed.
+        store: The documents to pack.
         packing: A key of PACKINGS.
         block_length: Tokens in a block.
 
     Raises:
         OSError: The disk refuses.
     """
-    path = folder / f"index-{FORMAT}-{packing}-{block_length}"
+    path = folder / f"index-{_FORMAT}-{packing}-{block_length}"
     index = _open(path, block_length, store)
     if index is None:
-        with _alone(folder):
-            index = _open(path, block_length, store)  # another may have made it in the meantime
+        with file_lock(folder / "packing.lock"):
+            index = _open(path, block_length, store)  # another process may have packed it meanwhile
             if index is None:
                 _write(path, PACKINGS[packing](store.positions, block_length), store)
                 index = _open(path, block_length, store)
     if index is None:
-        raise OSError(errno.EIO, "reads otherwise than it was written", str(path))
+        raise OSError(errno.EIO, "differs from what was written", str(path))
     return index
 
 
 def _open(path: Path, block_length: int, store: TokenStore) -> BlockIndex | None:
-    """Maps an index; None if there is none, or if it is not as it was written for this store."""
+    """Maps an index; None if it is missing, damaged, or of another store."""
     try:
         if (path / "seal.txt").read_bytes() != _seal(path.name, path, store):
             return None
@@ -70,30 +63,17 @@ def _open(path: Path, block_length: int, store: TokenStore) -> BlockIndex | None
 
 
 def _write(path: Path, index: BlockIndex, store: TokenStore) -> None:
-    """Writes an index beside its place, and gives it its name; only one process does at a time."""
-    building = path.with_name(".building-index")
-    for leftover in (building, path):  # of a process that was killed; damaged
-        shutil.rmtree(leftover, ignore_errors=True)
-    building.mkdir()
-    try:
+    """Writes an index in place of a damaged one; the caller holds the lock."""
+    delete_leftovers(path.parent)
+    shutil.rmtree(path, ignore_errors=True)
+    with whole_folder(path) as building:
         for name in _ARRAYS:
             np.save(building / f"{name}.npy", getattr(index, name))
         (building / "seal.txt").write_bytes(_seal(path.name, building, store))
-        building.rename(path)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _seal(name: str, path: Path, store: TokenStore) -> bytes:
-    """Hashes what an index is: its name, its files, and the lengths of the store's documents."""
+    """Hashes an index: its name, its files, and the lengths of the store's documents."""
     files = hash_files([path / f"{name}.npy" for name in _ARRAYS])
     offsets = hashlib.sha256(np.ascontiguousarray(store.offsets).data).hexdigest()
     return f"{name} {files} {offsets}".encode()
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes out while this one packs; a killed one lets go."""
-    with (folder / "packing.lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

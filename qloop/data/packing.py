@@ -1,17 +1,18 @@
 """Packs documents into blocks: an index of (document, first, length) slices; numpy only.
 
-A document of n tokens has n-1 places from which a next token can be predicted: positions 0 to n-2.
-Packing deals out these positions, each exactly once, whatever the document's length. The label of
+A document of n tokens has n-1 positions from which a next token can be predicted: 0 to n-2.
+Packing assigns each position to a block exactly once, whatever the document's length. The label of
 position i is token i+1 of the *document*, so a cut between two slices costs nothing:
 
     tokens    10 11 12 13 14 15 99      n = 7, with 99 the end of the document; 6 positions
     slice A   10 11 12 13               labels 11 12 13 14
     slice B               14 15         labels             15 99
 
-The last token is never an input, since nothing follows it: every position of every block is a
-target, or padding, or part of a prompt.
+The last token is never an input, since nothing follows it. Every position of every block has a
+label, or is padding, or part of a prompt.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +23,10 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class BlockIndex:
-    """The slices of all blocks, in block order; block b holds slices `starts[b]:starts[b + 1]`."""
+    """The slices of all blocks, in block order; block b has slices `starts[b]:starts[b + 1]`."""
 
     block_length: int
-    """Tokens in a block, of which the last may be padding."""
+    """Positions of a block, padding included."""
     starts: Integers  # [blocks + 1]
     document: Integers  # [slices]
     first: Integers  # [slices], position in the document
@@ -40,16 +41,16 @@ class BlockIndex:
         return len(self) * self.block_length - int(self.length.sum())
 
     def pieces_of(self, block_ids: Integers) -> Integers:
-        """Gives the numbers of the slices of some blocks, block by block."""
+        """Returns the numbers of the slices of some blocks, block by block."""
         first, counts = self.starts[block_ids], self.starts[block_ids + 1] - self.starts[block_ids]
-        begins = np.cumsum(counts) - counts  # where each block's slices start among the result's
+        begins = np.cumsum(counts) - counts  # of each block's slices, in the result
         pieces: Integers = np.arange(counts.sum()) + np.repeat(first - begins, counts)
         return pieces
 
     def lengths_of(self, block_ids: Integers) -> tuple[Integers, Integers]:
-        """Gives the lengths of all slices of some blocks, and the padding of each block.
+        """Returns the lengths of all slices of some blocks, and the padding of each block.
 
-        Two blocks of 8 with slices 5, 2 and 6 give [5, 2, 6] and [1, 2].
+        For two blocks of 8 with slices of 5 and 2, and of 6: [5, 2, 6] and [1, 2].
         """
         lengths = self.length[self.pieces_of(block_ids)]
         counts = self.starts[block_ids + 1] - self.starts[block_ids]
@@ -59,14 +60,13 @@ class BlockIndex:
 def pack_best_fit(positions: Integers, block_length: int) -> BlockIndex:
     """Packs best-fit-decreasing: a document up to the block's length stays whole.
 
-    A longer one is cut into full blocks and a rest. The rests and the short documents go, longest
-    first, each into the block that has the least room left for it (Ding et al. 2024, arXiv
-    2404.10830).
+    A longer one is cut into full blocks and a rest. The rests and the short documents are placed
+    longest first, each in the fullest block with enough room (Ding et al. 2024, arXiv 2404.10830).
 
-    The work is done by lengths, not by documents: all pieces of one length are alike, and so are
-    all blocks with the same room. With room for 10 and 3 blocks of that kind, 7 pieces of length 4
-    go 2, 2 into the first two... each step moves whole groups, so that ten million documents take
-    seconds.
+    The loop goes over lengths, not over documents: all pieces of one length are alike, and so are
+    all blocks with the same room. Of 3 blocks with room for 10, 5 pieces of length 4 fill two with
+    2 pieces and one with 1 piece. Whole groups are placed at once, so that ten million documents
+    take seconds.
 
     Args:
         positions: Input positions of each document, n-1 for n tokens; at least 1 each. [documents]
@@ -82,21 +82,20 @@ def pack_best_fit(positions: Integers, block_length: int) -> BlockIndex:
     next_piece = 0
     for piece_length in np.flatnonzero(counts)[::-1].tolist():
         remaining = int(counts[piece_length])
-        for room in sorted(room for room in rooms if room >= piece_length):
-            if not remaining:
-                break
-            blocks = np.concatenate(rooms.pop(room))
+        fitting = sorted(room for room in rooms if room >= piece_length)
+        while remaining:
+            if fitting:
+                room = fitting.pop(0)
+                blocks = np.concatenate(rooms.pop(room))
+            else:  # enough new blocks for all that remain
+                room = block_length
+                num_new = -(-remaining // (block_length // piece_length))
+                blocks = np.arange(num_blocks, num_blocks + num_new, dtype=np.int64)
+                num_blocks += num_new
             placed = _place(blocks, room, piece_length, remaining, rooms)
             block_of_piece[order[next_piece : next_piece + len(placed)]] = placed
             next_piece += len(placed)
             remaining -= len(placed)
-        if remaining:
-            per_block = block_length // piece_length
-            blocks = np.arange(num_blocks, num_blocks - (-remaining // per_block), dtype=np.int64)
-            num_blocks += len(blocks)
-            placed = _place(blocks, block_length, piece_length, remaining, rooms)
-            block_of_piece[order[next_piece : next_piece + len(placed)]] = placed
-            next_piece += len(placed)
     assert next_piece == len(length), "every piece has a block"
 
     by_block = np.lexsort((first, document, block_of_piece))
@@ -106,6 +105,37 @@ def pack_best_fit(positions: Integers, block_length: int) -> BlockIndex:
     )
 
 
+def pack_wrapped(positions: Integers, block_length: int) -> BlockIndex:
+    """Packs documents one after another and cuts where a block ends; pads only the last block.
+
+    Args:
+        positions: Input positions of each document, n-1 for n tokens; at least 1 each. [documents]
+        block_length: Tokens in a block.
+    """
+    ends = np.cumsum(positions)
+    begins = ends - positions
+    # A slice starts where a document or a block starts. With documents of 3 and 4 positions and
+    # blocks of 5, slices start at 0, 3 and 5, in blocks 0, 0 and 1.
+    first_block = begins // block_length
+    document, number = _number_pieces((ends - 1) // block_length - first_block + 1)
+    block = first_block[document] + number
+    slice_begins = np.maximum(begins[document], block * block_length)
+    return BlockIndex(
+        block_length,
+        np.append(0, np.cumsum(np.bincount(block))),
+        document,
+        slice_begins - begins[document],
+        np.diff(np.append(slice_begins, ends[-1])),
+    )
+
+
+PACKINGS: dict[str, Callable[[Integers, int], BlockIndex]] = {
+    "best_fit": pack_best_fit,
+    "wrapped": pack_wrapped,
+}
+"""The packings by their name in the config."""
+
+
 def _place(
     blocks: Integers,
     room: int,
@@ -113,10 +143,10 @@ def _place(
     count: int,
     rooms: dict[int, list[Integers]],
 ) -> Integers:
-    """Deals up to `count` pieces to blocks of equal room; notes the room that each block has left.
+    """Places up to `count` pieces in blocks of equal room; adds the room left to `rooms`.
 
     Returns:
-        The block of each piece that was placed, at most `count` of them.
+        The block of each placed piece; at most `count` of them.
     """
     per_block = room // piece_length
     full, rest = divmod(min(count, len(blocks) * per_block), per_block)
@@ -133,39 +163,15 @@ def _place(
     )
 
 
-def pack_wrapped(positions: Integers, block_length: int) -> BlockIndex:
-    """Packs documents one after another, cutting where a block ends; only the last block is padded.
-
-    Args:
-        positions: Input positions of each document, n-1 for n tokens; at least 1 each. [documents]
-        block_length: Tokens in a block.
-    """
-    ends = np.cumsum(positions)
-    begins = ends - positions
-    # A slice starts where a document starts and where a block starts: with documents of 3 and 4
-    # positions and blocks of 5, at 0, 3 and 5, in blocks 0, 0 and 1.
-    first_block = begins // block_length
-    document, number = _number_pieces((ends - 1) // block_length - first_block + 1)
-    block = first_block[document] + number
-    slice_begins = np.maximum(begins[document], block * block_length)
-    return BlockIndex(
-        block_length,
-        np.append(0, np.cumsum(np.bincount(block))),
-        document,
-        slice_begins - begins[document],
-        np.diff(np.append(slice_begins, ends[-1])),
-    )
-
-
 def _cut(positions: Integers, block_length: int) -> tuple[Integers, Integers, Integers]:
-    """Cuts documents into pieces of at most a block: document, first and length of each."""
+    """Cuts documents into pieces of at most a block; returns document, first, length of each."""
     document, number = _number_pieces(-(-positions // block_length))
     first = number * block_length
     return document, first, np.minimum(positions[document] - first, block_length)
 
 
 def _number_pieces(pieces: Integers) -> tuple[Integers, Integers]:
-    """Names each piece by document and number in it: for 2 and 3 pieces, 0 0 1 1 1 and 0 1 0 1 2.
+    """Returns each piece's document and number in it: for 2 and 3, 0 0 1 1 1 and 0 1 0 1 2.
 
     Args:
         pieces: Pieces of each document. [documents]

@@ -1,4 +1,4 @@
-"""Finds the corpus that the config names: files, a data folder, or a dataset of the hub."""
+"""Finds the sources that the config names: files, a data folder, or a dataset of the hub."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,12 @@ from qloop.storage.folders import hash_files
 
 
 def find_sources(data: DataConfig) -> tuple[Source, Source | None]:
-    """Finds the training documents, and the held-out ones if they are in a file of their own."""
+    """Finds the training documents, and the held-out ones if they have a source of their own.
+
+    Raises:
+        DataError: A file, folder, dataset or split that the config names does not exist, or its
+            format is unknown.
+    """
     if data.dataset_name:
         train, held_out = _find_hub_sources(data.dataset_name, data)
     elif data.train_file:
@@ -33,10 +38,8 @@ def _find_data_dir_sources(data: DataConfig) -> tuple[Source, Source | None]:
         raise DataError(
             f"data_type: {train} does not exist; {has}. Put the corpus there, or give --train_file"
         )
-    return (
-        _file_source(train, data.text_field),
-        _file_source(test, data.text_field) if test.exists() else None,
-    )
+    held_out = _file_source(test, data.text_field) if test.exists() else None
+    return _file_source(train, data.text_field), held_out
 
 
 def _file_source(path: Path, text_field: str) -> Source:
@@ -49,7 +52,7 @@ def _find_hub_sources(name: str, data: DataConfig) -> tuple[Source, Source | Non
 
     try:
         splits: Any = datasets.load_dataset(name, data.dataset_config_name)
-    except Exception as error:  # its errors have no common base
+    except Exception as error:  # its errors have no common base class
         cause = f": {error.__cause__}" if error.__cause__ else ""
         raise DataError(f"dataset_name: {name} could not be loaded: {error}{cause}") from error
     if "train" not in splits:

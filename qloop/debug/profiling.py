@@ -1,41 +1,35 @@
-"""Where a step's time goes: `qloop profile` makes some steps of a real run, and nothing else of it.
+"""Where the time of a step goes: `qloop profile` makes some steps of a real run.
 
-The run is put together as `qloop train` does it, in a folder of its own that is deleted at the end;
-the loop is the loop of qloop.train, unchanged. What is watched is put around the parts that it
-calls. Each call begins a phase, which ends where the next begins, so that the phases of a step sum
-to its time:
+The run is built as `qloop train` builds it, in a folder of its own that is deleted at the end, and
+its steps are made by `make_step`. Marks around the engine's methods and hooks on the model divide a
+step into phases. Each phase ends where the next begins, so the phases add up to the step:
 
     fetch | forward | head, loss | backward | other | ... | norm, clip | update | other
 
-Steps are made twice over: first with a clock alone, since torch's profiler slows down what it
-watches, then under the profiler, for the operators and the trace. In one more, each place is found
-where Python reads a tensor's value: if the value is on a GPU, that waits for all work before it.
+Steps are made twice: first with a clock alone, since torch's profiler slows them down, then with
+the profiler, for the operators and the trace. On a GPU, one more step counts the places where
+Python waits for it.
 """
 
-import bisect
 import contextlib
-import dataclasses
 import os
 import shutil
 import time
-import traceback
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qloop.config.keys import Config
-from qloop.distributed.stops import Request, StopRequest
 from qloop.errors import ConfigError, explaining_disk_errors
-from qloop.model.compilation import uncompiled
+from qloop.opening import describe_run
 from qloop.report.metrics import StepRecord
-from qloop.report.reporter import Reporter
-from qloop.run import Assembly, assemble
-from qloop.train import run_steps
+from qloop.run import Run, build_run
+from qloop.train import make_step
 
 WARM_UP_STEPS = 3
 """Not counted: first calls choose kernels, fill caches and compile."""
@@ -45,19 +39,17 @@ _RANGE = "qloop: "
 _NUM_OPERATORS = 10
 _ENDLESS = 10**9
 
-_WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-
 
 def profile(
-    config: Config, notes: list[str], steps: int, trace: Path, say: Callable[[str], None]
+    config: Config, notes: Sequence[str], steps: int, trace: Path, say: Callable[[str], None]
 ) -> None:
-    """Makes steps of the run that a config describes, and says where their time went.
+    """Makes steps of the run that a config describes, and reports where their time went.
 
     Args:
         config: The run's; its own folder is not touched.
-        notes: Lines that the person should see at the start.
-        steps: To time, and as many again under the profiler.
-        trace: Chrome trace of the latter, to be written.
+        notes: Lines for the opening.
+        steps: Steps to time, and as many again with the profiler.
+        trace: The Chrome trace file to write.
         say: Prints.
 
     Raises:
@@ -65,34 +57,34 @@ def profile(
     """
     refuse_trace(trace)
     is_main = os.environ.get("RANK", "0") == "0"
-    # All ranks of a machine have one parent, the launcher.
+    # All ranks of a machine have the same parent, the launcher.
     owner = os.getppid() if "RANK" in os.environ else os.getpid()
     scratch = config.run.output_dir / f".profile-{owner}"
     try:
-        about = "profile    some steps of the run, in a folder that is deleted behind them"
-        parts = assemble(_move(config, scratch), [*notes, about])
+        about = "profile    some steps of the run, in a folder that is deleted at the end"
+        run = build_run(_move(config, scratch), [*notes, about])
         try:
-            watch = _Watch(parts, steps)
-            watch.make_steps()
+            run.report.say("\n".join(describe_run(run)))
+            lines, profiler = measure_steps(run, steps)
         finally:
-            parts.close()
+            run.close()
     finally:
         if is_main:
             shutil.rmtree(scratch, ignore_errors=True)
     if is_main:
-        say("\n".join(["", *watch.describe()]))
+        say("\n".join(["", *lines, ""]))
         with explaining_disk_errors(trace):
-            watch.profiler.export_chrome_trace(str(trace))
+            profiler.export_chrome_trace(str(trace))
         size = trace.stat().st_size / 1e6
         say(f"trace      {trace} ({size:.1f} MB): open it in https://ui.perfetto.dev, or in Chrome")
         say("           at chrome://tracing")
 
 
 def refuse_trace(trace: Path) -> None:
-    """Refuses a file that the trace cannot become, before anything is done.
+    """Refuses an unusable trace file before any work is done.
 
     Raises:
-        ConfigError: It exists, or its folder does not, or its name says that it is something else.
+        ConfigError: It exists, its folder does not, or its name has another ending.
     """
     if not trace.name.endswith(".json.gz"):
         raise ConfigError(f"--trace: must end in .json.gz, got {trace}")
@@ -103,7 +95,7 @@ def refuse_trace(trace: Path) -> None:
 
 
 def _move(config: Config, scratch: Path) -> Config:
-    """Gives the same run in another folder, without saves, evaluations and trackers."""
+    """Returns the same run in another folder, without saves, evaluations and trackers."""
     changes: dict[str, dict[str, Any]] = {
         "run": {"output_dir": scratch, "experiment_name": "run"},
         "data": {"cache_dir": config.data.cache_dir or config.run.output_dir / ".cache"},
@@ -119,8 +111,58 @@ def _move(config: Config, scratch: Path) -> Config:
     return config.model_copy(update=sections)
 
 
+def measure_steps(run: Run, steps: int) -> tuple[list[str], Any]:
+    """Makes the steps; returns the lines of the report, and torch's profiler with the trace."""
+    device = run.accelerator.device
+    run.model.train()
+    clock = _PhaseClock(device)
+    with _marked(run, clock):
+        for _ in range(WARM_UP_STEPS):
+            make_step(run)
+        clock.restart()
+        records = [_make_marked_step(run, clock) for _ in range(steps)]
+        seconds = clock.stop()
+        activities = [ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        schedule = torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1)
+        with torch.profiler.profile(activities=activities, schedule=schedule) as profiler:
+            for number in range(steps + 1):
+                if number:
+                    profiler.step()
+                _make_marked_step(run, clock)
+    lines = [
+        *_describe_steps(records, seconds),
+        *_describe_phases(seconds, steps, device),
+        *_describe_operators(profiler, device),
+    ]
+    if device.type == "cuda":
+        lines += _describe_waits(count_waits(lambda: make_step(run)))
+    return lines, profiler
+
+
+def _make_marked_step(run: Run, clock: "_PhaseClock") -> StepRecord:
+    clock.enter("fetch")
+    record = make_step(run)
+    clock.enter("other")
+    return record
+
+
+def count_waits(step: Callable[[], object]) -> Counter[str]:
+    """Counts the places in the code where a step waits for the GPU, as CUDA's debug mode warns."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    places = [(Path(w.filename), w.lineno) for w in caught if "synchronizing" in str(w.message)]
+    return Counter(f"{file.parent.name}/{file.name}:{line}" for file, line in places)
+
+
 class _PhaseClock:
-    """Measures contiguous phases; names them to the profiler too."""
+    """Measures contiguous phases, and names them to the profiler."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -128,11 +170,11 @@ class _PhaseClock:
         self._range: Any = None
         self.phase = "other"
         self.waits = True
-        """Whether a phase ends only when the GPU has done what it asked for."""
+        """Whether a phase ends only when the GPU has finished its work."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def enter(self, phase: str) -> None:
-        """Ends a phase and begins another."""
+        """Ends the current phase and begins another."""
         if self.waits and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
@@ -144,128 +186,24 @@ class _PhaseClock:
         self._range.__enter__()
 
     def restart(self) -> None:
-        """Begins to count from here."""
-        self.enter(self.phase)
+        """Starts counting from here."""
+        self.enter("other")
         self.seconds.clear()
 
-
-class _ReadPlaces(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts where Python reads values: item(), float(), tolist(), a copy to the host."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        is_copy = name in ("_to_copy", "copy_") and result.device.type == "cpu"
-        if name == "_local_scalar_dense" or (is_copy and any(map(_is_on_device, args))):
-            self.counts[_find_caller()] += 1
-        return result
+    def stop(self) -> dict[str, float]:
+        """Returns the seconds so far; from here on, phases are only named, without waiting."""
+        self.enter("other")
+        self.waits = False
+        return dict(self.seconds)
 
 
-def _is_on_device(argument: Any) -> bool:
-    return isinstance(argument, torch.Tensor) and argument.device.type != "cpu"
-
-
-def _find_caller() -> str:
-    """Names the innermost line that is neither torch's nor of this file."""
-    for frame in reversed(traceback.extract_stack()):
-        file = Path(frame.filename)
-        if "torch" not in file.parts and file != Path(__file__):
-            return f"{file.parent.name}/{file.name}:{frame.lineno} in {frame.name}"
-    return "torch"
-
-
-class _Enough(Exception):  # noqa: N818
-    """Leaves the loop: all steps are made."""
-
-
-class _Watch(Reporter):
-    """Takes the place of a run's reports: hears of every step, writes nothing."""
-
-    def __init__(self, parts: Assembly, steps: int) -> None:
-        super().__init__(parts.run, parts.config, 0, 0, is_main=False)
-        self._steps = steps
-        self._made = 0
-        self._parts = parts
-        self._clock = _PhaseClock(parts.accelerator.device)
-        self._places: Any = _ReadPlaces()
-        self._reading = contextlib.ExitStack()
-        self.records: list[StepRecord] = []
-        self.seconds: dict[str, float] = {}
-        activities = [ProfilerActivity.CPU]
-        if parts.accelerator.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        self.profiler = torch.profiler.profile(
-            activities=activities,
-            schedule=torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1),
-        )
-
-    def make_steps(self) -> None:
-        """Runs the loop until there are enough."""
-        _mark_phases(self._parts, self._clock)
-        parts = dataclasses.replace(self._parts, report=self, held_out=None, last_step=_ENDLESS)
-        try:
-            run_steps(parts, _Unstoppable(self._clock))
-        except _Enough:
-            return
-        raise AssertionError("the loop came to an end that it has not")
-
-    def write_step(self, record: StepRecord) -> None:
-        """Notes a step, and passes on from warming up to timing, and to the profiler."""
-        self._made += 1
-        timed = self._made - WARM_UP_STEPS
-        if 0 < timed <= self._steps:
-            self.records.append(record)
-        if timed == 0:
-            self._clock.restart()
-        elif timed == self._steps:
-            self._clock.enter("other")
-            self.seconds = dict(self._clock.seconds)
-            self._clock.waits = False
-            self.profiler.start()
-        elif timed == 2 * self._steps + 1:  # one more, in which the profiler warms up
-            self.profiler.stop()
-            self._reading.enter_context(uncompiled(self._parts.engine.unwrapped))
-            self._reading.enter_context(self._places)
-        elif timed == 2 * self._steps + 2:
-            self._reading.close()
-            raise _Enough
-        elif timed > self._steps:
-            self.profiler.step()
-
-    def describe(self) -> list[str]:
-        """Gives the lines that say where the time went."""
-        return [
-            *_describe_steps(self.records, self.seconds),
-            *_describe_phases(self.seconds, self._steps, self._parts.accelerator.device),
-            *_describe_operators(self.profiler, self._parts.accelerator.device),
-            *_describe_reads(self._places.counts),
-            *_describe_waits(self.profiler, self._steps),
-            "",
-        ]
-
-
-class _Unstoppable(StopRequest):
-    """Asks for no stop, and tells the clock that the next step begins."""
-
-    def __init__(self, clock: _PhaseClock) -> None:
-        super().__init__()
-        self._clock = clock
-
-    def agreed(self, accelerator: Any) -> Request | None:
-        request = super().agreed(accelerator)
-        self._clock.enter("fetch")
-        return request
-
-
-def _mark_phases(parts: Assembly, clock: _PhaseClock) -> None:
-    """Has the parts that the loop calls tell the clock."""
+@contextlib.contextmanager
+def _marked(run: Run, clock: _PhaseClock) -> Iterator[None]:
+    """Has the parts of a step tell the clock of their phases, until the block ends."""
+    engine = run.engine
 
     def mark(name: str, phase: str, then: str) -> None:
-        call = getattr(parts.engine, name)
+        call = getattr(engine, name)
 
         def marked(*arguments: Any) -> Any:
             clock.enter(phase)
@@ -273,23 +211,30 @@ def _mark_phases(parts: Assembly, clock: _PhaseClock) -> None:
             clock.enter(then)
             return result
 
-        setattr(parts.engine, name, marked)
-
-    mark("backward", "backward", then="other")
-    mark("measure_grad_norm", "norm, clip", then="norm, clip")
-    mark("clip_gradients", "norm, clip", then="other")
-    mark("step", "update", then="other")
+        setattr(engine, name, marked)
 
     def entering(phase: str) -> Any:
         return lambda *_: clock.enter(phase)
 
-    parts.model.register_forward_pre_hook(entering("forward"))
-    # The head gives the loss itself, unless all logits are kept.
-    head = parts.engine.unwrapped.get_output_embeddings()
+    names = ("backward", "measure_grad_norm", "clip_gradients", "step")
+    mark("backward", "backward", then="other")
+    mark("measure_grad_norm", "norm, clip", then="norm, clip")
+    mark("clip_gradients", "norm, clip", then="other")
+    mark("step", "update", then="other")
+    hooks = [run.model.register_forward_pre_hook(entering("forward"))]
+    # The head computes the loss itself, unless all logits are kept.
+    head = engine.unwrapped.get_output_embeddings()
     if isinstance(head, torch.nn.Module):
-        head.register_forward_pre_hook(entering("head, loss"))
+        hooks.append(head.register_forward_pre_hook(entering("head, loss")))
     else:
-        parts.model.register_forward_hook(entering("head, loss"))
+        hooks.append(run.model.register_forward_hook(entering("head, loss")))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(engine, name)
+        for hook in hooks:
+            hook.remove()
 
 
 def _describe_steps(records: list[StepRecord], seconds: dict[str, float]) -> list[str]:
@@ -306,7 +251,7 @@ def _describe_steps(records: list[StepRecord], seconds: dict[str, float]) -> lis
 
 def _describe_phases(seconds: dict[str, float], steps: int, device: torch.device) -> list[str]:
     total = sum(seconds.values())
-    each = ", waiting for the GPU after each" if device.type == "cuda" else ""
+    each = ", each ending when the GPU is done" if device.type == "cuda" else ""
     rows = [
         f"  {phase:<12}{seconds.get(phase, 0.0) / steps:>12.4f} s"
         f"{seconds.get(phase, 0.0) / total:>8.1%}"
@@ -327,35 +272,9 @@ def _describe_operators(profiler: Any, device: torch.device) -> list[str]:
         f"  {seconds:>10.4f} s{seconds / total:>8.1%}{count:>8} x  {name[:60]}"
         for seconds, count, name in sorted(times, reverse=True)[:_NUM_OPERATORS]
     ]
-    return ["", f"operators by their own time on the {kind}, of all steps profiled", *rows]
+    return ["", f"operators by their own time on the {kind}, over all profiled steps", *rows]
 
 
-def _describe_reads(counts: Counter[str]) -> list[str]:
+def _describe_waits(counts: Counter[str]) -> list[str]:
     rows = [f"  {count:>6} x  {place}" for place, count in counts.most_common()]
-    title = "where a step reads values: each read waits for the GPU, if the value is there"
-    return ["", title, *(rows or ["  nowhere"])]
-
-
-def _describe_waits(profiler: Any, steps: int) -> list[str]:
-    """Counts by phase the calls of CUDA that wait; none on a CPU.
-
-    What another thread does belongs to the phase that the loop is in.
-    """
-    events = profiler.events()
-    phases = sorted(
-        (event.time_range.start, event.name.removeprefix(_RANGE))
-        for event in events
-        if event.name.startswith(_RANGE) and event.device_type.name == "CPU"
-    )
-    starts = [start for start, _ in phases]
-    counts: Counter[tuple[str, str]] = Counter()
-    for event in events:
-        if event.name not in _WAITS:
-            continue
-        begun = bisect.bisect_right(starts, event.time_range.start)
-        counts[event.name, phases[begun - 1][1] if begun else "other"] += 1
-    rows = [
-        f"  {count / steps:>6.1f} x  {name} in {phase}"
-        for (name, phase), count in counts.most_common()
-    ]
-    return ["", "what a step waits for, as CUDA sees it", *rows] if rows else []
+    return ["", "places where a step waits for the GPU", *(rows or ["  none"])]

@@ -1,1 +1,1 @@
-"""The embedded corpus, tokenizer and model: enough to try everything with no network."""
+"""The embedded corpus, tokenizer and model, to try everything without a network."""

@@ -1,4 +1,4 @@
-"""Trains the embedded tokenizer on the embedded corpus, without what the demo holds out.
+"""Trains the embedded tokenizer on the embedded corpus, without the demo's held-out documents.
 
     python -m qloop.demo.build_tokenizer
 
@@ -18,26 +18,20 @@ from qloop.data.documents import Document, iterate_documents, list_source_files
 
 VOCABULARY_SIZE = 8192
 END = "<|endoftext|>"
-SPECIAL_TOKENS = [
-    END,
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-    "<|repo_name|>",
-    "<|file_sep|>",
-]
-# Words with their leading blank, single digits, runs of operators, line ends. Backticks and dots
-# stay with the name they begin, as in `sym and .z.p, since that is what they mean in Q.
+_NAMES = ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")
+SPECIAL_TOKENS = [END, *(f"<|{name}|>" for name in _NAMES)]
 PIECES = (
     r"""[ ]?[`.]?[A-Za-z][A-Za-z0-9_]*|[0-9]|[ ]?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
+"""Words with their leading blank, single digits, runs of operators, line ends.
 
+Backticks and dots stay with the name that they begin, as in `sym and .z.p: in Q they belong to it.
+"""
 FOLDER = Path(__file__).parent
 
 
 def build_tokenizer(corpus: Path, held_out_share: float) -> PreTrainedTokenizerFast:
-    """Trains the tokenizer on the documents of a folder that are not held out."""
+    """Trains the tokenizer on a folder's documents, without the held-out share (in [0, 1))."""
     documents = iterate_documents(list_source_files(corpus), "text")
     texts = [
         document.text

@@ -1,8 +1,8 @@
-"""One process, DDP and FSDP2: the engines whose step torch makes itself.
+"""The engine for one process, DDP and FSDP2: torch computes the step.
 
-Under FSDP2 every parameter, gradient and moment is a DTensor, of which a rank holds some rows. The
-norm is taken over all of them; a tensor that is saved is gathered in its turn, and one that is
-restored is read row by row, so that no rank ever holds more than one of them whole.
+Under FSDP2 every parameter, gradient and moment is a DTensor, and each rank holds some of its rows.
+The gradient norm is taken over all ranks. Saved tensors are gathered one at a time, and restored
+ones are read by rows, so no rank ever holds more than one of them whole.
 """
 
 import functools
@@ -25,64 +25,77 @@ from qloop.storage.tensors import LazyTensor, SavedTensors, TensorSpec, spec_of
 
 
 class Engine:
-    """Makes the steps of a prepared model and optimizer, and knows where their tensors are."""
+    """Backward pass, clipping and update of a prepared model; knows where its tensors are."""
 
     def __init__(
         self, accelerator: Accelerator, model: torch.nn.Module, optimizer: Optimizers
     ) -> None:
-        """Takes what `Accelerator.prepare` gave back."""
+        """Takes the results of `Accelerator.prepare`."""
         self.accelerator = accelerator
         self.model = model
         self.optimizer = optimizer
         self.unwrapped: Any = accelerator.unwrap_model(model)
-        """The model without a wrapper, under its own names."""
+        """The model without wrappers, under its own parameter names."""
         self.trained = {
             name: parameter
             for name, parameter in self.unwrapped.named_parameters()
             if parameter.requires_grad
         }
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds to the gradients; divides by the accumulation, and ranks are averaged."""
+    def backward(self, loss_sum: torch.Tensor, divisor: int) -> None:
+        """Adds the gradient of `loss_sum / divisor` to that of the step.
+
+        Accelerate divides every loss by the number of accumulated micro-batches, and gradients are
+        averaged over the ranks. Both are undone, so that the step's gradient is that of the sum
+        over all micro-batches and ranks, divided once.
+
+        Args:
+            loss_sum: Of a micro-batch, summed over its targets.
+            divisor: Targets of the whole step, over all ranks.
+        """
+        accelerator = self.accelerator
+        averaged_over = accelerator.gradient_accumulation_steps * accelerator.num_processes
+        self._backward(loss_sum * (averaged_over / divisor))
+
+    def _backward(self, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss)
 
     def measure_grad_norm(self) -> torch.Tensor:
-        """Gives the L2 norm over all gradients of all ranks; NaN or inf if any value is."""
+        """Returns the L2 norm of all gradients of all ranks; NaN or inf if any value is."""
         return _gather(measure_grad_norm(self.trained.values()))
 
     def clip_gradients(self, max_grad_norm: float, grad_norm: torch.Tensor) -> None:
-        """Scales all gradients so that their norm, measured before, is at most the limit."""
+        """Scales all gradients so that their norm, already measured, is at most the limit."""
         clip_gradients(self.trained.values(), max_grad_norm, grad_norm)
 
     def step(self, learning_rate: float) -> None:
-        """Updates the weights, and clears the gradients."""
+        """Updates the weights and clears the gradients."""
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def collect_weights(self) -> tuple[str, dict[str, LazyTensor]]:
-        """Gives what of the model is saved, with the stem of its files."""
+        """Returns the stem of the weights' files and the tensors to save."""
         stem, weights = collect_weights(self.unwrapped, self.unwrapped.state_dict())
-        return stem, {name: _piece(tensor) for name, tensor in weights.items()}
+        return stem, {name: _lazy(tensor) for name, tensor in weights.items()}
 
     def collect_moments(self) -> dict[str, LazyTensor]:
-        """Gives the optimizer's tensors, each under its parameter's name and its own."""
+        """Returns the optimizer's tensors: `lm_head.weight/exp_avg` and so on."""
         return {
-            f"{name}/{moment}": _piece(tensor)
+            f"{name}/{moment}": _lazy(tensor)
             for name, parameter in self.trained.items()
             for moment, tensor in self.optimizer.read_state(parameter).items()
         }
 
     def restore(self, weights: SavedTensors, moments: SavedTensors | None) -> None:
-        """Puts saved tensors where they belong; the weights are there since the model was built.
+        """Loads saved moments; the weights were loaded when the model was built.
 
         Args:
             weights: The model's, or the adapter's.
-            moments: The optimizer's; None lets it start anew.
+            moments: The optimizer's; None leaves it as it starts.
 
         Raises:
-            CheckpointError: The names, types or shapes are not those of this model; nothing was
-                put.
+            CheckpointError: Names, types or shapes are not those of this model; nothing was loaded.
         """
         if moments is None:
             return
@@ -92,7 +105,7 @@ class Engine:
             self.optimizer.put_state(parameter, saved)
 
     def moment_kinds(self) -> dict[str, TensorSpec]:
-        """Gives type and whole shape of each of the optimizer's tensors."""
+        """Returns type and unsharded shape of each of the optimizer's tensors."""
         return {
             f"{name}/{moment}": spec_of(blank)
             for name in self.trained
@@ -104,7 +117,7 @@ class Engine:
         return moments_of(self.optimizer.kinds[parameter], parameter.shape)
 
 
-def _piece(tensor: torch.Tensor) -> LazyTensor:
+def _lazy(tensor: torch.Tensor) -> LazyTensor:
     return LazyTensor(spec_of(tensor), functools.partial(_gather, tensor))
 
 
@@ -113,7 +126,7 @@ def _gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _read(saved: SavedTensors, key: str, parameter: torch.Tensor) -> torch.Tensor:
-    """Reads a moment to where its parameter is; of a sharded one, this rank's rows only."""
+    """Reads a moment to its parameter's device; of a sharded one, only this rank's rows."""
     if not isinstance(parameter, DTensor) or not saved.kinds[key].shape:
         return saved.read(key).to(parameter.device)
     mesh, placements = parameter.device_mesh, parameter.placements

@@ -1,16 +1,16 @@
-"""Ends a process whose peers are gone, instead of letting it wait for them.
+"""Ends a process whose peers have died, which it would otherwise wait for.
 
-A rank that dies (killed, out of memory, its machine lost) leaves the others waiting inside a
-collective: with NCCL until a time-out of ten minutes, and a signal from the launcher does not reach
-Python meanwhile. So a thread of every rank watches: the processes of its own machine by the
-system's own notice of their end, those of other machines through the store of torch.distributed,
-where every machine leaves a sign of life.
+When a rank dies (killed, out of memory, its machine lost), the others wait inside a collective:
+with NCCL until a time-out of ten minutes, and meanwhile no signal from the launcher reaches Python.
+So a thread of every rank watches the others: processes of its own machine by the system's
+notification of their end, those of other machines through the store of torch.distributed, where
+every machine writes a sign of life.
 
     same machine    noticed at once
-    other machine   told by a rank beside the dead one within _POLL_SECONDS
-    whole machine   missed by the main rank after _SILENCE_SECONDS; lost itself, by everyone
+    other machine   reported by a rank on the machine of the dead one, within _POLL_SECONDS
+    whole machine   missed by the main rank after _SILENCE_SECONDS; the main one's, by all ranks
 
-Silence counts from the first step on only: what is done before may hold Python for long.
+Silence counts only from the first step on: earlier work may block Python for long.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from qloop.errors import PeerError
 _POLL_SECONDS = 2.0
 _SILENCE_SECONDS = 15.0
 _GRACE_SECONDS = 8.0
-"""How long a rank may take to leave by itself: gloo raises an error, NCCL goes on waiting."""
+"""Time for a rank to end by itself: gloo raises an error, NCCL keeps waiting."""
 
 
 class Peer(NamedTuple):
@@ -42,7 +42,7 @@ class Peer(NamedTuple):
     process: int
     host: str
     machine: str
-    """The same for processes that see each other's ids."""
+    """Equal for processes that see each other's process ids."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.process} on {self.host})"
@@ -52,7 +52,7 @@ class PeerWatch:
     """Watches the other processes of a run, until `stop`."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        """Learns who they are; every rank calls."""
+        """Exchanges process ids; every rank must call."""
         self._dead = ""
         self._found = threading.Event()
         self._stopped = threading.Event()
@@ -69,22 +69,22 @@ class PeerWatch:
         self._descriptors: dict[int, Peer] = {}
         for peer in near:
             if peer.rank != rank:
-                with contextlib.suppress(OSError):  # gone, or an old Linux: the collectives tell
+                with contextlib.suppress(OSError):  # gone, or an old Linux: a collective will fail
                     self._descriptors[os.pidfd_open(peer.process)] = peer
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
     def expect_signs_of_life(self) -> None:
-        """From now on, a machine that is silent is lost."""
+        """From now on, a machine without a sign of life counts as lost."""
         self._steps_began.set()
 
     def stop(self) -> None:
-        """Ends the watch: from now on the others may end when they like."""
+        """Ends the watch: from now on the others may end."""
         self._stopped.set()
 
     def explain(self, error: BaseException) -> BaseException:
-        """Gives a PeerError for what a collective raises when a peer is gone, else the error.
+        """Returns a PeerError for the error of a collective whose peer has died, else the error.
 
-        What ends all ranks alike stays what it is, though some may have left before.
+        An error that ends all ranks alike stays as it is, though some may have ended before.
         """
         if not isinstance(error, RuntimeError) or self._is_alone or self._stopped.is_set():
             return error
@@ -98,7 +98,7 @@ class PeerWatch:
             if store:
                 try:
                     self._dead = self._exchange(store, heard)
-                except Exception as error:  # whatever the store raises, it is gone
+                except Exception as error:  # the store may raise anything once it is gone
                     self._dead = f"the machine of the main process ({error})"
         if self._stopped.is_set():
             return
@@ -109,7 +109,7 @@ class PeerWatch:
             os._exit(PeerError.exit_code)
 
     def _find_dead_neighbour(self, seconds: float) -> str:
-        """Waits for the end of a process of this machine."""
+        """Waits for a process of this machine to end; returns its description, or ''."""
         poll = select.poll()
         for descriptor in self._descriptors:
             poll.register(descriptor, select.POLLIN)
@@ -117,11 +117,11 @@ class PeerWatch:
         return str(self._descriptors[ended[0][0]]) if ended else ""
 
     def _connect(self) -> TCPStore:
-        # A client of its own, since that of torch.distributed may be waiting for something.
+        # A client of its own: torch.distributed's may be blocked.
         return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 
     def _exchange(self, store: TCPStore, heard: dict[str, tuple[bytes, float]]) -> str:
-        """Tells the other machines, and learns from them, who is gone."""
+        """Writes a sign of life or a death to the store, and returns a death that it holds."""
         run = os.environ.get("TORCHELASTIC_RUN_ID", "")
         if self._dead:
             store.set(f"qloop/{run}/dead", self._dead)
@@ -152,6 +152,6 @@ class PeerWatch:
 
 
 def name_machine() -> str:
-    """Names what processes have to share to see each other's ids."""
+    """Returns a name that is equal for processes which see each other's process ids."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{socket.gethostname()}-{boot[:8]}-{Path('/proc/self/ns/pid').readlink().name}"

@@ -1,4 +1,4 @@
-"""What the processes of one run do together."""
+"""Calls that the processes of a run make together, so that all of them go on or end alike."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Calls a function on the main rank; every rank gets its result, or raises its error.
+    """Calls a function on the main rank; every rank returns its result or raises its error.
 
-    So a folder that one process cannot use ends all of them alike, and none waits for the others.
+    If a folder cannot be used, for example, all ranks end, and none waits for the others.
     """
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
@@ -30,9 +30,9 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
 
 
 def on_all(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Calls a function on every rank, each of which gets its own result; or all raise one error.
+    """Calls a function on every rank and returns its own result; if one fails, all raise its error.
 
-    So a file that one rank alone cannot read ends all of them alike.
+    If one rank alone cannot read a file, for example, all ranks end.
     """
     result, refusal = None, None
     try:

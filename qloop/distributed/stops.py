@@ -1,4 +1,4 @@
-"""Stopping and saving on request: a signal is only noted; the loop asks at the end of each step."""
+"""Signals that stop or save a run: a handler records them, the loop asks after each step."""
 
 import signal
 from types import FrameType, TracebackType
@@ -11,30 +11,30 @@ from qloop.errors import StoppedError
 
 
 class Request(NamedTuple):
-    """What a signal asked for."""
+    """The request of a signal."""
 
     signal_name: str
     stops: bool
-    """Whether to save and stop; else to save and go on."""
+    """Whether to stop after saving."""
 
 
 class _LeaveNow(KeyboardInterrupt):
-    """Passes through libraries, which take any Exception for a failure of their own."""
+    """Passes through libraries that catch every Exception."""
 
     state = "stopped"
 
 
 class StopRequest:
-    """Notes SIGINT, SIGTERM and SIGUSR1 while it is entered.
+    """Records SIGINT, SIGTERM and SIGUSR1 inside a `with` block.
 
-    SIGUSR1 asks for a checkpoint, the others for one and the end. Before the first step there is
-    nothing to save, so those end the run at once, by a StoppedError on the way out; a second SIGINT
-    ends it at any time, by a KeyboardInterrupt.
+    SIGUSR1 asks for a checkpoint; the others for a checkpoint and the end. Before the first step
+    there is nothing to save, so those end the run at once, with a StoppedError. A second SIGINT
+    ends it at any time, with a KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
         self.is_running = False
-        """Whether the first step has begun; after the last, what is left to do is short."""
+        """Whether the first step has begun. It stays true after the last: the rest is short."""
         self._stop = 0
         self._save = False
         self._handlers: dict[int, Any] = {}
@@ -56,13 +56,13 @@ class StopRequest:
             raise StoppedError(str(error)) from None
 
     def agreed(self, accelerator: Accelerator) -> Request | None:
-        """Gives what any rank was asked for; every rank gets the same answer."""
+        """Returns the request that any rank has received, the same on every rank."""
         noted = self._stop or (signal.SIGUSR1 if self._save else 0)
         self._save = False
         # A stop outweighs a save, whichever rank has which.
         weight = noted if noted in (0, signal.SIGUSR1) else noted + signal.NSIG
         largest = int(weight)
-        if accelerator.num_processes > 1:  # one process need not wait for a GPU to know its own
+        if accelerator.num_processes > 1:  # a single process need not wait for a GPU
             weights = accelerator.gather(torch.tensor([weight], device=accelerator.device))
             largest = int(weights.max())
         if not largest:

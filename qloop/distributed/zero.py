@@ -1,8 +1,9 @@
-"""DeepSpeed's ZeRO, stages 1 to 3.
+"""The engine for DeepSpeed's ZeRO, stages 1 to 3.
 
-Accelerate lets DeepSpeed make its step inside `backward`, where nothing can be refused any more.
-So its engine is called here directly: backward first, then the norm, and the step only when the
-loop has found both finite. DeepSpeed clips inside its step, by the limit in its config.
+Accelerate has DeepSpeed update the weights inside `backward`, where a bad step can no longer be
+refused. So DeepSpeed's engine is called here directly: backward, then the norm, and the update only
+after the loop has found loss and norm finite. DeepSpeed clips inside its update, by the limit in
+its own config.
 """
 
 import functools
@@ -18,28 +19,27 @@ from qloop.storage.tensors import LazyTensor, SavedTensors, TensorSpec, spec_of
 
 
 class ZeroEngine(Engine):
-    """Makes the steps of a DeepSpeed engine.
+    """Backward pass and update by a DeepSpeed engine.
 
-    Its optimizer works on flat partitions; tensors are found and put by parameter through
-    deepspeed.utils, each of which is gathered over all ranks.
+    Its optimizer works on flat partitions. Tensors are read and written by parameter through
+    deepspeed.utils, which gathers each over all ranks.
     """
 
     def __init__(
         self, accelerator: Accelerator, model: torch.nn.Module, optimizer: Optimizers
     ) -> None:
-        """Takes what `Accelerator.prepare` gave back."""
+        """Takes the results of `Accelerator.prepare`."""
         super().__init__(accelerator, model, optimizer)
         self._engine = accelerator.deepspeed_engine_wrapped.engine
         self._zero = self._engine.optimizer
         self._make_room_for_moments()
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds to the gradients; divides by the accumulation, and ranks are averaged."""
+    def _backward(self, loss: torch.Tensor) -> None:
         self._engine.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
         self._engine.backward(loss)
 
     def measure_grad_norm(self) -> torch.Tensor:
-        """Gives the L2 norm over all gradients of all ranks; inf if any value is not finite."""
+        """Returns the L2 norm of all gradients of all ranks; inf if any value is not finite."""
         if hasattr(self._zero, "scaled_global_norm"):  # stages 1 and 2
             norm = self._zero.scaled_global_norm()
         else:
@@ -50,48 +50,47 @@ class ZeroEngine(Engine):
         return torch.where(norm >= 0, norm, torch.inf).to(self.accelerator.device)
 
     def clip_gradients(self, max_grad_norm: float, grad_norm: torch.Tensor) -> None:
-        """Leaves it to the step, which clips by the same limit."""
+        """Does nothing: DeepSpeed's step clips by the same limit."""
         assert self._engine.gradient_clipping() == max_grad_norm
 
     def step(self, learning_rate: float) -> None:
-        """Updates the weights, and clears the gradients."""
+        """Updates the weights and clears the gradients."""
         set_learning_rate(self.optimizer, learning_rate)
         self._engine.step()
         assert self._engine.was_step_applied(), "the norm was found finite before"
 
     def collect_weights(self) -> tuple[str, dict[str, LazyTensor]]:
-        """Gives what of the model is saved, with the stem of its files; always as fp32."""
+        """Returns the stem of the weights' files and the tensors to save, always in fp32."""
         stem, sources = self._find_sources()
-        return stem, {name: _piece(source) for name, source in sources.items()}
+        return stem, {name: _lazy(source) for name, source in sources.items()}
 
     def collect_moments(self) -> dict[str, LazyTensor]:
-        """Gives the optimizer's tensors, each under its parameter's name and its own."""
+        """Returns the optimizer's tensors: `lm_head.weight/exp_avg` and so on."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         state = self._zero.optimizer.state[self._list_partitions()[0]]
-        pieces = {}
+        tensors = {}
         for name, parameter in self.trained.items():
             for moment, value in state.items():
                 if moment == "step":
-                    piece = _piece(torch.tensor(float(value)))
+                    moment_tensor = _lazy(torch.tensor(float(value)))
                 else:
                     gather = functools.partial(safe_get_full_optimizer_state, parameter, moment)
-                    piece = LazyTensor(TensorSpec("F32", _whole_shape(parameter)), gather)
-                pieces[f"{name}/{moment}"] = piece
-        return pieces
+                    moment_tensor = LazyTensor(TensorSpec("F32", _whole_shape(parameter)), gather)
+                tensors[f"{name}/{moment}"] = moment_tensor
+        return tensors
 
     def restore(self, weights: SavedTensors, moments: SavedTensors | None) -> None:
-        """Puts saved tensors where they belong.
+        """Loads saved weights and moments.
 
-        Weights too: DeepSpeed makes its fp32 ones of what the model has, which is bf16 there.
+        Weights too: DeepSpeed makes its fp32 weights from the model's, which are bf16 by then.
 
         Args:
             weights: The model's, or the adapter's.
-            moments: The optimizer's; None lets it start anew.
+            moments: The optimizer's; None leaves it as it starts.
 
         Raises:
-            CheckpointError: The names, types or shapes are not those of this model; nothing was
-                put.
+            CheckpointError: Names, types or shapes are not those of this model; nothing was loaded.
         """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -117,8 +116,8 @@ class ZeroEngine(Engine):
         return moments_of("adamw", _whole_shape(self.trained[name]))
 
     def _find_sources(self) -> tuple[str, dict[str, torch.Tensor]]:
-        """Finds the parameter, or the buffer, behind each tensor that is saved."""
-        # Of a sharded parameter there is no tensor to rename; one without values stands for it.
+        """Finds the parameter or buffer of each tensor to save."""
+        # A sharded parameter has no whole tensor to rename, so an empty one stands in for it.
         parameters = dict(self.unwrapped.named_parameters(remove_duplicate=False))
         by_parameter = {
             id(parameter): torch.empty(_whole_shape(parameter), device="meta")
@@ -133,21 +132,21 @@ class ZeroEngine(Engine):
         unknown = [name for name, w in weights.items() if w.is_meta and id(w) not in behind]
         if unknown:
             raise ConfigError(
-                f"DeepSpeed: {unknown[0]} is made of parts of this model's weights, which ZeRO "
+                f"DeepSpeed: {unknown[0]} is built from parts of this model's weights, which ZeRO "
                 "cannot save; launch with launch/fsdp2.yaml"
             )
         return stem, {name: behind.get(id(weight), weight) for name, weight in weights.items()}
 
     def _list_partitions(self) -> list[torch.Tensor]:
-        """Lists this rank's flat fp32 partitions, to which DeepSpeed's inner AdamW belongs."""
+        """Lists this rank's flat fp32 partitions, which DeepSpeed's inner AdamW updates."""
         stage_3 = getattr(self._zero, "fp32_partitioned_groups_flat", None)
         return list(stage_3 or self._zero.single_partition_of_fp32_groups)
 
     def _make_room_for_moments(self) -> None:
-        """Gives AdamW's state to every partition, as its first step would.
+        """Creates AdamW's state for every partition, as its first step would.
 
-        DeepSpeed itself finds the moments of the first group of parameters only: it looks for all
-        of them when the first group has made its first step.
+        DeepSpeed alone would find only the moments of the first parameter group: it looks for all
+        of them once that group has made its first step.
         """
         for flat in self._list_partitions():
             self._zero.optimizer.state[flat] = {
@@ -159,7 +158,7 @@ class ZeroEngine(Engine):
             self._zero._lazy_init_hp_params_optimizer_state()
 
 
-def _piece(source: torch.Tensor) -> LazyTensor:
+def _lazy(source: torch.Tensor) -> LazyTensor:
     from deepspeed.utils import safe_get_full_fp32_param
 
     if isinstance(source, torch.nn.Parameter):

@@ -13,12 +13,12 @@ from qloop.model.attention import own_attention
 from qloop.model.compilation import uncompiled
 
 _PROMPT_TOKENS = 96
-"""At most this much of a document is given before a completion."""
+"""Tokens of a document given as the prompt, at most."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion beside the truth."""
+    """A completion, with the prompt and the document's own continuation."""
 
     prefix: str
     completion: str
@@ -34,51 +34,57 @@ def sample_completions(
     seed: int,
     accelerator: Accelerator,
 ) -> list[Sample]:
-    """Lets the model go on from the start of a few held-out documents, spread over all of them.
+    """Lets the model continue a few held-out documents, spread evenly over all of them.
 
-    Drawn at temperature 0.8 from the likeliest 95 %; the same seed draws the same.
+    Tokens are drawn at temperature 0.8 from the most likely 95 %; the same seed draws the same.
+
+    Args:
+        model: Unwrapped; its mode is restored.
+        tokenizer: The run's.
+        store: The held-out documents.
+        num_samples: Documents to continue.
+        sample_tokens: New tokens of each, at most.
+        seed: The run's.
+        accelerator: For the device, the precision and the ranks.
     """
     was_training = model.training
     model.eval()
-    # PEFT generates by the model inside its own, so that the hook which gathers what FSDP2 has
-    # sharded of the outermost one is never called.
+    # PEFT generates with its inner model, so FSDP2's hook on the outermost one, which gathers that
+    # one's shards, is never called.
     is_sharded = hasattr(model, "unshard")
     if is_sharded:
         model.unshard()
     samples = []
     for document in np.unique(np.linspace(0, len(store) - 1, num_samples, dtype=np.int64)).tolist():
-        ids = torch.from_numpy(
-            store.tokens[store.offsets[document] : store.offsets[document + 1]].astype("int64")
-        )
+        tokens = store.tokens[store.offsets[document] : store.offsets[document + 1]]
+        ids = torch.from_numpy(tokens.astype("int64"))
         cut = min(_PROMPT_TOKENS, len(ids) // 2)
         torch.manual_seed(seed + document)
-        with (
-            torch.no_grad(),
-            accelerator.autocast(),
-            own_attention(model),
-            uncompiled(model),
-        ):
-            output = model.generate(
-                input_ids=ids[None, :cut].to(accelerator.device),
-                attention_mask=torch.ones(1, cut, dtype=torch.int64, device=accelerator.device),
-                max_new_tokens=sample_tokens,
-                do_sample=True,
-                temperature=0.8,
-                top_p=0.95,
-                pad_token_id=store.end_id,
-                eos_token_id=store.end_id,
-                # A rank whose sample has ended goes on calling sharded weights until all have.
-                synced_gpus=accelerator.num_processes > 1,
-            )[0, cut:]
-        samples.append(
-            Sample(
-                *(
-                    tokenizer.decode(piece, skip_special_tokens=True)
-                    for piece in (ids[:cut], output, ids[cut : cut + sample_tokens])
-                )
-            )
-        )
+        completion = _generate(model, ids[:cut], sample_tokens, store.end_id, accelerator)
+        parts = (ids[:cut], completion, ids[cut : cut + sample_tokens])
+        samples.append(Sample(*(tokenizer.decode(p, skip_special_tokens=True) for p in parts)))
     if is_sharded:
         model.reshard()
     model.train(was_training)
     return samples
+
+
+def _generate(
+    model: Any, prompt: torch.Tensor, max_tokens: int, end_id: int, accelerator: Accelerator
+) -> torch.Tensor:
+    """Returns the tokens that follow a prompt. [tokens]."""
+    input_ids = prompt[None].to(accelerator.device)
+    with torch.no_grad(), accelerator.autocast(), own_attention(model), uncompiled(model):
+        output: torch.Tensor = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_tokens,
+            do_sample=True,
+            temperature=0.8,
+            top_p=0.95,
+            pad_token_id=end_id,
+            eos_token_id=end_id,
+            # A rank whose sample has ended keeps calling the sharded weights until all have.
+            synced_gpus=accelerator.num_processes > 1,
+        )
+    return output[0, len(prompt) :]

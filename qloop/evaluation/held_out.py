@@ -1,4 +1,4 @@
-"""Held-out loss, perplexity, bits per byte and token accuracy; and completions to look at."""
+"""Held-out loss, perplexity, bits per byte and token accuracy."""
 
 import math
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from qloop.model.loss import TargetLoss
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the model makes of the held-out documents, every target weighing the same."""
+    """The model's figures on the held-out documents; every target has the same weight."""
 
     loss: float
     """Nats per target."""
     perplexity: float
     bits_per_byte: float
-    """Comparable between tokenizers: all nats, in bits, over the bytes of the text they are for."""
+    """Comparable between tokenizers: the total loss in bits over the UTF-8 bytes of the targets."""
     token_accuracy: float
-    """Share of targets that were the likeliest token."""
+    """Share of targets that the model predicted as the most likely token."""
     target_tokens: int
     target_bytes: int
 
@@ -37,18 +37,18 @@ def evaluate(
     batch_size: int,
     accelerator: Accelerator,
 ) -> Evaluation:
-    """Measures the model on every held-out document, each rank on its share of the blocks.
+    """Evaluates the model on all held-out documents; each rank reads its share of the blocks.
 
-    Sums over targets are divided once, at the end, so that the batch size and the number of ranks
-    change nothing but the last digits.
+    Sums over targets are divided once, at the end, so the batch size and the number of ranks change
+    only the last digits.
 
     Args:
-        model: Unwrapped, in any mode; left as it was.
+        model: Unwrapped; its mode is restored.
         loss: The model's.
         store: The held-out documents.
         index: Their blocks.
         batch_size: Blocks in a forward pass.
-        accelerator: Knows the device and the ranks.
+        accelerator: For the device and the ranks.
     """
     was_training = model.training
     model.eval()
@@ -58,8 +58,8 @@ def evaluate(
         for first in range(0, len(index), batch_size * num_ranks):
             begin = first + batch_size * rank
             block_ids = np.arange(begin, min(begin + batch_size, len(index)))
-            # Where the weights are sharded, every rank has to call the model as often as the
-            # others; one that has no block left reads the last one again, and counts nothing.
+            # With sharded weights, all ranks must call the model equally often: a rank without a
+            # block left reads the last one again, and does not count it.
             read_ids = block_ids if len(block_ids) else np.array([len(index) - 1])
             micro_batch = build_micro_batch(store, index, read_ids)
             prediction = loss.predict(model, micro_batch.to(accelerator.device))
@@ -72,7 +72,7 @@ def evaluate(
     target_bytes = int(store.target_bytes.sum())
     return Evaluation(
         loss=mean,
-        perplexity=math.exp(min(mean, 700.0)),  # beyond that, infinity for a float
+        perplexity=math.exp(min(mean, 700.0)),  # exp overflows a float beyond that
         bits_per_byte=nats / math.log(2) / target_bytes,
         token_accuracy=correct_tokens / target_tokens,
         target_tokens=int(target_tokens),

@@ -1,11 +1,11 @@
-"""What of a layer's activations is kept for the backward pass: gradient checkpointing, by layer.
+"""Gradient checkpointing: which activations of a layer are kept for the backward pass.
 
-    off        all that the backward pass asks for
-    selective  what large matrix products and attention gave; the cheap rest is computed again
-    full       a layer's input; the whole layer is computed again
+    off        everything that the backward pass needs
+    selective  the results of large matrix products and attention; the rest is recomputed
+    full       the layer's input; the whole layer is recomputed
 
-With `offload`, the inputs that `full` keeps wait in host memory. The numbers are the same under
-all of them, and the same random numbers are drawn again.
+With `offload`, the inputs that `full` keeps wait in host memory. All modes give the same numbers:
+recomputing draws the same random numbers again.
 """
 
 import functools
@@ -34,29 +34,58 @@ _KEPT = frozenset(
         "aten::_scaled_dot_product_cudnn_attention",
     }
 )
-"""Operators whose results `selective` keeps: they are nearly all of a layer's time."""
+"""Operators whose results `selective` keeps: they take nearly all of a layer's time."""
 
 _THIN = 8
-"""Products whose result is so many times as wide as what they sum over are computed again all the
-same: an adapter's second one, over its rank, costs little beside the layer's own, and to keep it
-would be to keep every layer's result twice."""
+"""A product whose result is more than this many times as wide as its inner dimension is recomputed:
+an adapter's second product, over its rank, costs little compared with the layer's own, and keeping
+it would store every layer's result twice."""
 
 
 def find_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Gives the decoder layers, as transformers marks them; none where a model does not."""
+    """Returns the decoder layers, as transformers marks them; empty where a model does not."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def set_recomputation(model: torch.nn.Module, mode: str, offload: bool = False) -> None:
-    """Sets what is kept in every layer, by its `forward`; names and hooks stay as they are.
+def choose(
+    wanted: str,
+    *,
+    engine: str,
+    offloads: bool,
+    launcher_recomputes: bool,
+    fits: Callable[[str], bool],
+) -> str:
+    """Chooses the mode of a run: `auto` takes the fastest that fits.
 
     Args:
-        model: Before an engine takes it.
+        wanted: The config's `gradient_checkpointing`.
+        engine: `ddp`, `fsdp2`, `zero2` or `zero3`.
+        offloads: The config's `offload_activations`, which only `full` can do.
+        launcher_recomputes: accelerate's FSDP plugin recomputes layers already.
+        fits: Whether a run with a mode has room; not asked about the last one.
+    """
+    if launcher_recomputes:
+        return "off"
+    if wanted != "auto":
+        return wanted
+    modes = ["off", "selective"]
+    if offloads:
+        modes = []
+    elif engine == "zero3":  # which gathers weights between the operators that selective keeps
+        modes.remove("selective")
+    return next((mode for mode in modes if fits(mode)), "full")
+
+
+def set_recomputation(model: torch.nn.Module, mode: str, offload: bool = False) -> None:
+    """Replaces the `forward` of every layer by one that recomputes; names and hooks stay.
+
+    Args:
+        model: Before an engine wraps it.
         mode: `off`, `selective` or `full`.
         offload: Only with `full`.
 
     Raises:
-        ConfigError: The model does not say what its layers are.
+        ConfigError: The model does not mark its layers.
     """
     assert not offload or mode == "full"
     if mode == "off":
@@ -64,8 +93,8 @@ def set_recomputation(model: torch.nn.Module, mode: str, offload: bool = False) 
     layers = find_layers(model)
     if not layers:
         raise ConfigError(
-            f"gradient_checkpointing: {mode} needs to know the model's layers, and "
-            f"{type(model).__name__} does not tell; use off"
+            f"gradient_checkpointing: {mode} needs the model's layers, and "
+            f"{type(model).__name__} does not mark them; use off"
         )
     for layer in layers:
         layer.forward = _recomputing(layer.forward, mode, offload)
@@ -93,11 +122,11 @@ def _choose(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 
 
 def choose_policy(operator: Any, inputs: Sequence[Any]) -> CheckpointPolicy:
-    """Says what `selective` does with an operator's result.
+    """Decides whether `selective` keeps the result of an operator.
 
     Args:
-        operator: Of torch.
-        inputs: What it is called with.
+        operator: An operator of torch.
+        inputs: Its arguments.
     """
     name = str(operator.name()).partition(".")[0] if isinstance(operator, OpOverload) else ""  # type: ignore[no-untyped-call]
     is_kept = name in _KEPT

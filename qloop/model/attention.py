@@ -1,61 +1,101 @@
-"""Attention over packed documents without a mask: each query sees its own document only.
+"""Attention over packed documents without a mask: each query sees only its own document.
 
-Where documents start and end is one small tensor, `boundaries`: places in the flattened batch, the
-first 0 and the last its size. Two documents of 3 and 5 tokens in a row of 8, then one of 8:
+One small tensor, `boundaries`, says where documents start: offsets into the flattened batch, from 0
+to its size. For a row with documents of 3 and 5 tokens, then a row with one of 8:
 
     boundaries  0 3 8 16
 
-It goes to every layer under the names that transformers has for its own packed kernels. On a GPU
-`varlen_attn` of torch reads it (flash attention, bf16 only); on a CPU each document is a call of
-its own. Both are operators to `torch.compile`, which sees a tensor and never the layout, so that
-no layout compiles anything anew. The work grows with the documents' squares, not the block's.
+Every layer receives it under the argument names of transformers' own packed kernels. On a GPU it is
+read by torch's `varlen_attn` (flash attention, bf16 only); on a CPU each document is one call of a
+kernel. Both are operators to `torch.compile`, which sees a tensor and not its values, so a new
+layout of documents compiles nothing. The work grows with the square of the documents' lengths, not
+of the block's.
 """
 
 import contextlib
 import inspect
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from qloop.data.batches import MicroBatch
+from qloop.errors import ConfigError
 
 DOCUMENTS = "documents"
-"""The name of this attention, in transformers and in the config."""
+"""The name of this attention in transformers and in the config."""
 
 _CHANGING = ("softcap", "s_aux", "sinks", "position_bias", "head_mask")
-"""What some models pass to their attention that changes its result, and is not done here."""
+"""Arguments of some models that change the result of attention; not supported here."""
 
-# That there may be fewer key heads than query heads, where torch wants to be told.
+# Newer versions of torch ask for a flag where there are fewer key heads than query heads.
 _FEWER_KEYS: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 )
 
 
-def why_not_documents(model: PreTrainedModel, device: torch.device, precision: str) -> str | None:
-    """Says why this model, here, has to keep transformers' own attention; None if it need not."""
+class AttentionChoice(NamedTuple):
+    """An implementation of attention."""
+
+    name: str
+    """DOCUMENTS, or transformers' name of one of its own."""
+    reason: str = ""
+    """Why `auto` did not take DOCUMENTS."""
+
+
+def choose(
+    wanted: str, model: PreTrainedModel, *, device_type: str, precision: str
+) -> AttentionChoice:
+    """Chooses the attention of a run, from the model's config alone.
+
+    Args:
+        wanted: The config's `attention`.
+        model: With or without values.
+        device_type: Where it computes: `cpu`, `cuda` or another.
+        precision: `bf16` or `fp32`.
+
+    Raises:
+        ConfigError: `documents` was asked for, and this model or device rules it out.
+    """
+    if wanted not in ("auto", DOCUMENTS):
+        return AttentionChoice(wanted)
+    reason = _why_not_documents(model, device_type, precision)
+    if reason is None:
+        return AttentionChoice(DOCUMENTS)
+    if wanted == DOCUMENTS:
+        raise ConfigError(f"attention: documents cannot be used here: {reason}; use auto")
+    return AttentionChoice(model.config._attn_implementation, reason)
+
+
+def _why_not_documents(model: PreTrainedModel, device_type: str, precision: str) -> str | None:
     config = model.config.get_text_config()
-    if device.type not in ("cpu", "cuda"):
-        return f"there is none for {device.type}"
-    if device.type == "cuda" and precision != "bf16":
+    if device_type not in ("cpu", "cuda"):
+        return f"it has no kernel for {device_type}"
+    if device_type == "cuda" and precision != "bf16":
         return "on a GPU it computes in bf16 only"
     dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
     if dropout:
         return f"the model drops attention weights ({dropout})"
+    if getattr(config, "attn_logit_softcapping", None):
+        return f"the model caps attention scores (softcap {config.attn_logit_softcapping:g})"
     if not getattr(model, "_supports_attention_backend", False):
-        return f"{model.config.model_type} takes none but its own"
+        return f"{model.config.model_type} takes no attention but its own"
     return None
 
 
 def attention_inputs(model: Any, micro_batch: MicroBatch) -> dict[str, Any]:
-    """Gives what the model's attention wants to know of the documents; nothing if it asks not."""
+    """Returns the keyword arguments that mark document boundaries.
+
+    Empty for kernels that do not take them.
+    """
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
     if implementation != DOCUMENTS and not implementation.startswith("flash_attention"):
         return {}
-    length = micro_batch.input_ids.shape[1]  # not the longest document: that would change
+    # The block's length, not the longest document's: a number that changes would compile anew.
+    length = micro_batch.input_ids.shape[1]
     return {
         "cu_seq_lens_q": micro_batch.boundaries,
         "cu_seq_lens_k": micro_batch.boundaries,
@@ -66,7 +106,7 @@ def attention_inputs(model: Any, micro_batch: MicroBatch) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Has the model attend by transformers' code for a while, which knows caches and masks."""
+    """Uses transformers' own attention, which supports caches and masks, until the block ends."""
     if getattr(model.config, "_attn_implementation", None) != DOCUMENTS:
         yield
         return
@@ -90,30 +130,32 @@ def attend_to_documents(
     max_length_q: int = 0,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attends as a layer of transformers asks it to; see `transformers.AttentionInterface`.
+    """Computes the attention of one layer; the interface is `transformers.AttentionInterface`.
 
     Args:
         module: The layer.
-        query: [batch, heads, sequence, size of a head].
-        key: [batch, key heads, sequence, size of a head].
+        query: [batch, heads, sequence, head size].
+        key: [batch, key heads, sequence, head size].
         value: As key.
         attention_mask: Must be None.
-        scaling: Of the scores; 1 / sqrt(size of a head) if None.
+        scaling: Factor of the scores; 1 / sqrt(head size) if None.
         dropout: Must be 0.
-        sliding_window: A token sees so many, itself among them; None: its whole document.
+        sliding_window: Tokens that a token sees, itself included; None: its whole document.
         cu_seq_lens_q: The boundaries, int32.
         max_length_q: At least the longest document's length.
-        others: What is passed and changes nothing.
+        others: Ignored, except for arguments that would change the result.
 
     Returns:
-        [batch, sequence, heads, size of a head], and no weights.
+        [batch, sequence, heads, head size], and no weights.
 
     Raises:
-        ValueError: The layer asks for what is not done here.
+        ValueError: The layer asks for something that is not supported here.
     """
     given = [name for name in _CHANGING if others.get(name) is not None]
     if attention_mask is not None or dropout or given or cu_seq_lens_q is None:
-        raise ValueError(f"attention over documents does no mask, dropout or {' '.join(given)}")
+        raise ValueError(
+            f"attention over documents supports no mask, no dropout and no {' '.join(given)}"
+        )
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -136,11 +178,11 @@ def _attend_by_torch(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """Attends by `varlen_attn`, which wants the rows behind each other: here that is a view."""
+    """Calls `varlen_attn`, which takes the rows concatenated; that is a view, not a copy."""
     batch, _, length, _ = query.shape
     flat: list[Any] = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
     where: Any = (boundaries, boundaries, max_length, max_length)
-    # Its window counts the tokens before one; the 0 behind it says causal.
+    # Its window counts the tokens before the current one; the 0 after it means causal.
     window_size = (window - 1 if window else -1, 0)
     attended: Any = varlen_attn(*flat, *where, scale=scale, window_size=window_size, **_FEWER_KEYS)
     result: torch.Tensor = attended.reshape(batch, length, *attended.shape[1:])
@@ -156,11 +198,11 @@ def attend(
     scale: float,
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attends within each document on a CPU.
+    """Computes attention within each document on a CPU.
 
     Returns:
-        [batch, sequence, heads, size], and the log of each query's sum of exponentials, float32,
-        [batch, heads, sequence].
+        [batch, sequence, heads, head size], and the log of each query's sum of exponentials,
+        float32, [batch, heads, sequence].
     """
     batch, heads, length, size = query.shape
     attended = query.new_empty(batch, length, heads, size)
@@ -188,8 +230,8 @@ def attend_backward(
     scale: float,
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gives the gradients of query, key and value."""
-    of_query, of_key, of_value = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    """Returns the gradients of query, key and value."""
+    grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (query, key, value))
     groups, size = (key.shape[1], query.shape[1] // key.shape[1]), query.shape[3]
     for row, here in _documents(boundaries, query.shape[2]):
         grouped = _grouped(query, key, value, row, here)
@@ -198,13 +240,13 @@ def attend_backward(
             t[row, here].transpose(0, 1).reshape(*groups, -1, size) for t in (gradient, attended)
         )
         sums = log_sums[row, :, here].reshape(*groups, -1)
-        slopes = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             given, *grouped, out, sums, 0.0, mask is None, attn_mask=mask, scale=scale
         )
-        of_query[row, :, here] = slopes[0].flatten(0, 1)
-        of_key[row, :, here] = slopes[1].sum(1)  # over the queries that share a key
-        of_value[row, :, here] = slopes[2].sum(1)
-    return of_query, of_key, of_value
+        grad_query[row, :, here] = grads[0].flatten(0, 1)
+        grad_key[row, :, here] = grads[1].sum(1)  # over the queries that share a key
+        grad_value[row, :, here] = grads[2].sum(1)
+    return grad_query, grad_key, grad_value
 
 
 @attend.register_fake
@@ -235,7 +277,7 @@ attend.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
 def _documents(boundaries: torch.Tensor, length: int) -> Iterator[tuple[int, slice]]:
-    """Yields each document's row and its place there; none goes over a row's end."""
+    """Yields the row of each document and its columns; no document crosses the end of a row."""
     places = boundaries.tolist()
     for begin, end in itertools.pairwise(places):
         row, column = divmod(begin, length)
@@ -245,14 +287,14 @@ def _documents(boundaries: torch.Tensor, length: int) -> Iterator[tuple[int, sli
 def _grouped(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: int, here: slice
 ) -> list[torch.Tensor]:
-    """Gives one document's [key heads, queries of a key, tokens, size]; keys are not copied."""
+    """Returns one document's [key heads, queries per key, tokens, head size]; copies no key."""
     shared = query.shape[1] // key.shape[1]
     queries = query[row, :, here].reshape(key.shape[1], shared, -1, query.shape[3])
     return [queries, *(t[row, :, None, here].expand(-1, shared, -1, -1) for t in (key, value))]
 
 
 def _window_mask(length: int, window: int, dtype: torch.dtype) -> torch.Tensor | None:
-    """Gives what to add to the scores of a document longer than the window; else nothing."""
+    """Returns a mask to add to the scores; None for a document no longer than the window."""
     if not 0 < window < length:
         return None
     places = torch.arange(length)
@@ -261,5 +303,5 @@ def _window_mask(length: int, window: int, dtype: torch.dtype) -> torch.Tensor |
     return torch.zeros(length, length, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
-# Not with transformers' masks: without an entry there it makes none, and asks the GPU nothing.
+# Not registered with transformers' masks: without an entry it builds none, and reads no tensor.
 AttentionInterface.register(DOCUMENTS, attend_to_documents)

@@ -1,61 +1,110 @@
-"""Compiles the decoder layers: one graph for all of them, made once.
+"""Compiles the decoder layers before step 1: one graph for all of them.
 
-Only the layers: they are alike, so that one compilation serves all; what is around them (the
-embedding, the loss) may look at a batch's layout. A layer sees the layout as a tensor whose length
-is marked as one that changes, so that no later batch compiles anything.
+Only the layers: they are alike, so one compilation serves all; the code around them (embedding,
+loss) may depend on a batch's layout. A layer receives the layout as a tensor whose length is marked
+as dynamic, so no later batch compiles anything. The warm-up runs on the run's own first
+micro-batch: the first step takes as long as any other, and a failure to compile shows before it.
 """
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from qloop.config.keys import ModelConfig
+from qloop.errors import ConfigError
 from qloop.model.activations import find_layers
 
 WORTHWHILE_MICRO_BATCHES = 200
-"""From so many on, compiling by itself: it takes as long as some dozens do."""
+"""`auto` compiles runs of at least this many micro-batches; compiling costs about as much as a few
+dozen."""
 
 
-def is_worthwhile(config: ModelConfig, device_type: str, micro_batches: int) -> bool:
-    """Says whether a run is to compile its layers, if they can be.
+def choose(
+    wanted: str | bool,
+    model: torch.nn.Module,
+    *,
+    device_type: str,
+    engine: str,
+    offloads: bool,
+    micro_batches: int,
+) -> bool:
+    """Chooses whether a run compiles its layers.
 
     Args:
-        config: Whether it is asked for, and what stands against it.
+        wanted: The config's `compile`.
+        model: With or without values.
         device_type: Where it computes.
-        micro_batches: Of the whole run, so that what goes on computes as what was stopped.
+        engine: `ddp`, `fsdp2`, `zero2` or `zero3`.
+        offloads: The config's `offload_activations`, which copies outside the graph.
+        micro_batches: Of the whole run, on each process, so that a resumed run computes as before.
+
+    Raises:
+        ConfigError: It was asked for and is impossible.
     """
-    if config.compile != "auto":
-        return bool(config.compile)
-    # Offloading copies behind the graph.
-    is_long = micro_batches >= WORTHWHILE_MICRO_BATCHES and not config.offload_activations
-    return device_type == "cuda" and is_long
+    reason = None
+    if engine in ("zero2", "zero3"):
+        reason = "DeepSpeed changes the layers while they run"
+    elif not find_layers(model):
+        reason = f"{type(model).__name__} does not mark its layers"
+    if wanted is True and reason:
+        raise ConfigError(f"compile: {reason}; use auto or false")
+    if wanted != "auto":
+        return bool(wanted) and reason is None
+    is_long = micro_batches >= WORTHWHILE_MICRO_BATCHES
+    return reason is None and device_type == "cuda" and is_long and not offloads
 
 
 def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> None:
-    """Has every decoder layer compiled when it is first called; see `uncompile_layers`."""
-    import torch._dynamo  # takes seconds, and runs that do not compile do without
+    """Marks every decoder layer to be compiled at its first call; see `uncompile_layers`."""
+    import torch._dynamo  # takes seconds, which runs that do not compile save
 
-    def let_length_change(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def mark_length_dynamic(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
         boundaries = kwargs.get("cu_seq_lens_q")
         if boundaries is not None:
             torch._dynamo.mark_dynamic(boundaries, 0)
 
     for layer in find_layers(model):
         layer.compile(backend=backend)
-    model.register_forward_pre_hook(let_length_change, with_kwargs=True)
+    model.register_forward_pre_hook(mark_length_dynamic, with_kwargs=True)
+
+
+def warm_up(model: torch.nn.Module, forward_backward: Callable[[], None]) -> str:
+    """Compiles the layers by one forward and backward pass.
+
+    Args:
+        model: Without wrappers; its layers are compiled in place.
+        forward_backward: Makes both passes; the caller drops the gradients.
+
+    Returns:
+        The number of graphs and the time, for the opening lines.
+
+    Raises:
+        ConfigError: The layers cannot be compiled.
+    """
+    started, before = time.perf_counter(), count_compilations()
+    compile_layers(model)
+    try:
+        forward_backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many kinds: no compiler, no Triton, a layer's own code
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"compile: the layers cannot be compiled: {reason}") from error
+    made = count_compilations() - before
+    return f"layers, {made} graphs in {time.perf_counter() - started:.0f} s"
 
 
 def uncompile_layers(model: torch.nn.Module) -> None:
-    """Lets layers run as they are written again."""
+    """Makes the layers run uncompiled again."""
     for layer in find_layers(model):
         layer._compiled_call_impl = None
 
 
 @contextlib.contextmanager
 def uncompiled(model: torch.nn.Module) -> Iterator[None]:
-    """Lets layers run as they are written for a while: for other shapes than a step's."""
+    """Runs the layers uncompiled until the block ends: for shapes other than a step's."""
     layers = find_layers(model)
     compiled = [layer._compiled_call_impl for layer in layers]
     uncompile_layers(model)
@@ -67,7 +116,7 @@ def uncompiled(model: torch.nn.Module) -> Iterator[None]:
 
 
 def count_compilations() -> int:
-    """Counts the graphs that torch has compiled in this process."""
+    """Returns the number of graphs that torch has compiled in this process."""
     import torch._dynamo.utils
 
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -1,11 +1,10 @@
 """Checks on the real model that documents packed into one row do not see each other.
 
-Under `qloop.model.attention` documents are told apart by their boundaries; under transformers' own
-attention by `position_ids` alone: where they start anew, it builds a mask that ends there, provided
-that no other mask and no cache is passed. Models that keep a state instead (linear attention,
-convolution), or that read no positions, leak; no error tells. So every run asks its model first,
-and compares what it says of a document in company with what it says, under its own attention, of
-the document alone.
+`qloop.model.attention` separates documents by their boundaries. Transformers' own attention does it
+by `position_ids` alone: where they restart, it builds a mask that ends there, provided that no
+other mask and no cache is passed. Models that carry a state along the row (linear attention,
+convolution), or ignore positions, leak without an error. So every run compares the logits of a
+packed document with those of the same document alone, under the model's own attention.
 """
 
 from typing import NamedTuple
@@ -15,63 +14,64 @@ from transformers import PreTrainedModel
 
 from qloop.data.batches import IGNORED, MicroBatch
 from qloop.errors import ConfigError
-from qloop.model.attention import DOCUMENTS, own_attention, why_not_documents
+from qloop.model.attention import DOCUMENTS, AttentionChoice, own_attention
 from qloop.model.loss import compute_logits
 
 _LENGTHS = (24, 40)
-"""Tokens of the document in front and of the one that is watched."""
+"""Tokens of the document in front and of the one whose logits are compared."""
 
 
 class Isolation(NamedTuple):
     """Largest change of a document's logits, as a share of its largest logit."""
 
     swapped: float
-    """When another document stands in front of it: 0 but for rounding."""
+    """With another document in front of it: 0 but for rounding."""
     alone: float
-    """When nothing stands in front of it, under the model's own attention: small, as other kernels
-    run."""
+    """With nothing in front of it, under the model's own attention: small, as kernels differ."""
 
 
-def choose_attention(
+def set_attention(
     model: PreTrainedModel,
-    wanted: str,
-    device: torch.device,
+    choice: AttentionChoice,
+    *,
+    is_wanted: bool,
     precision: str,
     vocabulary_size: int,
-) -> tuple[Isolation, str]:
-    """Lets the model attend by documents where it can, and checks that it isolates them.
+) -> tuple[AttentionChoice, Isolation]:
+    """Sets the chosen attention, and checks that it isolates documents.
 
     Args:
-        model: As it was built; its attention is set.
-        wanted: The config's `attention`.
-        device: Where it will be trained.
+        model: As it was built, with values.
+        choice: From `attention.choose`.
+        is_wanted: Whether the config names it; otherwise the model keeps its own where DOCUMENTS
+            fails the check.
         precision: `bf16` or `fp32`.
         vocabulary_size: Of the tokenizer.
 
     Returns:
-        What was measured, and the attention in words.
+        The attention that is set, and the measured isolation.
 
     Raises:
-        ConfigError: Packed documents see each other, or `documents` was asked for and cannot be.
+        ConfigError: Packed documents see each other.
     """
-    if wanted not in ("auto", DOCUMENTS):
-        return check_isolation(model, vocabulary_size, precision), wanted
+    if choice.name != DOCUMENTS:
+        return choice, check_isolation(model, vocabulary_size, precision)
     own = model.config._attn_implementation
-    reason = why_not_documents(model, device, precision)
-    if reason is None:
-        model.set_attn_implementation(DOCUMENTS)
-        try:
-            return check_isolation(model, vocabulary_size, precision), DOCUMENTS
-        except (ConfigError, ValueError, TypeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            model.set_attn_implementation(own)
-    if wanted == DOCUMENTS:
-        raise ConfigError(f"attention: documents is not for this run: {reason}; use auto")
-    return check_isolation(model, vocabulary_size, precision), f"{own}, as {reason}"
+    model.set_attn_implementation(DOCUMENTS)
+    try:
+        return choice, check_isolation(model, vocabulary_size, precision)
+    except (ConfigError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        model.set_attn_implementation(own)
+        if is_wanted:
+            raise ConfigError(
+                f"attention: documents cannot be used here: {reason}; use auto"
+            ) from error
+    return AttentionChoice(own, reason), check_isolation(model, vocabulary_size, precision)
 
 
 def measure_isolation(model: PreTrainedModel, vocabulary_size: int, precision: str) -> Isolation:
-    """Measures how far a packed document's logits depend on its neighbour in the row."""
+    """Measures how much a packed document's logits depend on its neighbour in the row."""
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
 
@@ -102,21 +102,21 @@ def measure_isolation(model: PreTrainedModel, vocabulary_size: int, precision: s
 def check_isolation(model: PreTrainedModel, vocabulary_size: int, precision: str) -> Isolation:
     """Refuses a model whose packed documents see each other.
 
-    In fp32, models that isolate measure at most 3e-7 (swapped) and 1e-6 (alone); those that leak
-    measured 1e-4 and more, even with random weights.
+    In fp32, models that isolate documents measure at most 3e-7 (swapped) and 1e-6 (alone); those
+    that leak measured 1e-4 and more, even with random weights.
 
     Raises:
-        ConfigError: With the model's type and what was measured.
+        ConfigError: Names the model's type and both measurements.
     """
     measured = measure_isolation(model, vocabulary_size, precision)
     limits = Isolation(1e-5, 1e-3) if precision == "fp32" else Isolation(1e-3, 5e-2)
-    # Written so that NaN fails too.
+    # Written so that NaN fails, too.
     if measured.swapped <= limits.swapped and measured.alone <= limits.alone:
         return measured
     raise ConfigError(
         f"model_name: {model.config.model_type} lets packed documents see each other: with another "
         f"document in front, logits change by {measured.swapped:.1e} of their size (limit "
         f"{limits.swapped:.0e}), with none by {measured.alone:.1e} (limit {limits.alone:.0e}); "
-        "it keeps a state over the row or reads no position_ids, and cannot be trained on packed "
+        "it carries a state along the row or ignores position_ids, and cannot be trained on packed "
         "blocks; choose a model with plain attention, or try --attention eager"
     )

@@ -1,13 +1,14 @@
-"""The loss of a linear head and its gradients at once, some rows at a time.
+"""The loss of a linear head together with its gradients, one chunk of rows at a time.
 
-Of a chunk's logits nothing is kept but what they do to the gradients of hidden states and weight.
-What turns logits into their gradient, softmax - 1 at the target, is one of two:
+A chunk's logits live only until their gradient, softmax minus 1 at the target, has been multiplied
+into the gradients of the hidden states and the weight. Two functions compute that gradient:
 
-    softmax_slopes  by torch's operators: a float32 copy of the chunk
-    fused_slopes    by one compiled kernel, in the memory of the logits
+    softmax_grad_logits  with torch's operators, in a float32 copy of the chunk
+    fused_grad_logits    with one compiled kernel, in the memory of the logits
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,55 @@ import torch.nn.functional as F
 from qloop.data.batches import IGNORED
 
 
-class LinearTargetLoss(torch.autograd.Function):
-    """The sum over targets of cross_entropy(hidden @ weight.T + bias), some rows at a time.
+def sum_linear_loss(
+    head: torch.nn.Linear,
+    labels: torch.Tensor,
+    hidden: torch.Tensor,
+    *,
+    num_rows: int,
+    is_fused: bool,
+) -> torch.Tensor:
+    """Sums the loss under a plain linear head; multiplies in autocast's type, if it is on.
 
-    The gradient of a target's logits is softmax - 1 at the target; it is turned into the gradients
-    of hidden state and weight while the logits are there, and only multiplied in the backward.
+    Args:
+        head: Without adapters, its weight whole.
+        labels: [tokens], or IGNORED.
+        hidden: [tokens, hidden size].
+        num_rows: Tokens in a chunk, at most.
+        is_fused: Whether the compiled kernel computes the softmax.
+
+    Returns:
+        A float32 scalar, in nats.
+    """
+    device = hidden.device.type
+    uses_autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if uses_autocast else head.weight.dtype
+    differentiate = softmax_grad_logits
+    if is_fused:  # in chunks of nearly one size: a last chunk of one row would compile anew
+        differentiate, num_rows = fused_grad_logits, divide_evenly(len(hidden), num_rows)
+    with torch.autocast(device, enabled=False):
+        loss_sum: torch.Tensor = LinearTargetLoss.apply(  # type: ignore[no-untyped-call]
+            hidden, head.weight, head.bias, labels, num_rows, dtype, differentiate
+        )
+    return loss_sum
+
+
+def divide_evenly(total: int, limit: int) -> int:
+    """Returns the size of nearly equal chunks, none above a limit.
+
+    >>> divide_evenly(10, 4)  # 4, 4 and 2
+    4
+    >>> divide_evenly(9, 4)  # 3, 3 and 3
+    3
+    """
+    return math.ceil(total / math.ceil(total / limit))
+
+
+class LinearTargetLoss(torch.autograd.Function):
+    """The sum over targets of cross_entropy(hidden @ weight.T + bias), in chunks.
+
+    The forward pass computes the gradients too, while a chunk's logits exist; the backward pass
+    only scales them.
     """
 
     @staticmethod
@@ -33,64 +78,64 @@ class LinearTargetLoss(torch.autograd.Function):
         labels: torch.Tensor,
         num_rows: int,
         dtype: torch.dtype,
-        turn: Callable[..., Any],
+        differentiate: Callable[..., Any],
     ) -> torch.Tensor:
-        """Sums the loss, float32, and prepares the gradients.
+        """Sums the loss, in float32, and prepares the gradients.
 
         Args:
-            ctx: Torch's.
+            ctx: Torch's context.
             hidden: [tokens, hidden size].
             weight: [vocabulary, hidden size].
             bias: [vocabulary], or None.
             labels: [tokens], or IGNORED.
-            num_rows: Tokens at a time.
-            dtype: What matrices are multiplied in; sums are float32.
-            turn: Turns a chunk's logits into their gradient, and sums its loss.
+            num_rows: Tokens in a chunk.
+            dtype: The type of matrix products; sums are float32.
+            differentiate: Returns the gradient of a chunk's logits, and the sum of its losses.
         """
         needs = ctx.needs_input_grad[:3]
         matrix = weight.to(dtype)
         offset = None if bias is None else bias.to(dtype)
-        of_hidden = torch.empty_like(hidden) if needs[0] else None
-        of_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
-        of_bias = weight.new_zeros(len(weight), dtype=torch.float32) if needs[2] else None
+        grad_hidden = torch.empty_like(hidden) if needs[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
+        grad_bias = weight.new_zeros(len(weight), dtype=torch.float32) if needs[2] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for first in range(0, len(hidden), num_rows):
             here = slice(first, first + num_rows)
             states, ids = hidden[here].to(dtype), labels[here, None]
             is_ignored = ids == IGNORED
             ids = ids.masked_fill(is_ignored, 0)
-            slopes, loss_sum = turn(F.linear(states, matrix, offset), ids, is_ignored)
+            grad_logits, loss_sum = differentiate(F.linear(states, matrix, offset), ids, is_ignored)
             total += loss_sum
             if not any(needs):
                 continue
-            # Rows without a target are taken out where they are short.
+            # Rows without a target are masked here, in the narrow matrices.
             states = states.masked_fill(is_ignored, 0.0)
-            if of_bias is not None:
-                of_bias += (~is_ignored).float().T[0] @ slopes.float()
-            slopes = slopes.to(dtype)
-            if of_hidden is not None:
-                of_hidden[here] = (slopes @ matrix).masked_fill_(is_ignored, 0.0)
-            if of_weight is not None:
-                _add_product(of_weight, slopes.T, states)
-            del slopes  # before there are the next
-        ctx.gradients = (of_hidden, of_weight, of_bias)
+            if grad_bias is not None:
+                grad_bias += (~is_ignored).float().T[0] @ grad_logits.float()
+            grad_logits = grad_logits.to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[here] = (grad_logits @ matrix).masked_fill_(is_ignored, 0.0)
+            if grad_weight is not None:
+                _add_product(grad_weight, grad_logits.T, states)
+            del grad_logits  # before the next chunk's are allocated
+        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         return total
 
     @staticmethod
-    def backward(ctx: Any, slope: torch.Tensor) -> Any:
-        """Scales the gradients, in place: there is one backward pass."""
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
+        """Scales the gradients, in place: there is only one backward pass."""
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the loss was differentiated twice"
         scaled = [
-            None if gradient is None else gradient.mul_(slope).to(dtype)
+            None if gradient is None else gradient.mul_(grad_loss).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None, None, None)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Adds a matrix product to a sum in float32; a GPU's product is rounded to no other type."""
+    """Adds a matrix product to a float32 sum; on a GPU the product is not rounded before."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif left.device.type == "cuda" and torch.version.hip is None:
@@ -99,55 +144,56 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total += left @ right
 
 
-def softmax_slopes(
+def softmax_grad_logits(
     logits: torch.Tensor, ids: torch.Tensor, is_ignored: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gives the gradient of some rows' logits, float32, and the sum of their losses.
+    """Returns the gradient of some rows' logits, in float32, and the sum of their losses.
 
     Args:
         logits: [rows, vocabulary].
         ids: [rows, 1], the targets.
-        is_ignored: [rows, 1]; such rows have no loss, and a gradient that is to be left out.
+        is_ignored: [rows, 1]; such rows add no loss, and the caller drops their gradient.
     """
-    slopes = logits.float().log_softmax(dim=1)
-    loss_sum = -slopes.gather(1, ids).masked_fill_(is_ignored, 0.0).sum()
-    return slopes.exp_().scatter_add_(1, ids, slopes.new_full(ids.shape, -1.0)), loss_sum
+    grad_logits = logits.float().log_softmax(dim=1)
+    loss_sum = -grad_logits.gather(1, ids).masked_fill_(is_ignored, 0.0).sum()
+    ones = grad_logits.new_full(ids.shape, -1.0)
+    return grad_logits.exp_().scatter_add_(1, ids, ones), loss_sum
 
 
-def fused_slopes(
+def fused_grad_logits(
     logits: torch.Tensor, ids: torch.Tensor, is_ignored: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by a compiled kernel, in the memory and the type of the logits."""
-    return logits, torch.ops.qloop.turn_in_place(logits, ids, is_ignored)
+    """As `softmax_grad_logits`, with a compiled kernel that overwrites the logits."""
+    return logits, torch.ops.qloop.grad_logits_in_place(logits, ids, is_ignored)
 
 
-# An operator, so that a simulation sees what it leaves and not how it works.
-@torch.library.custom_op("qloop::turn_in_place", mutates_args=("logits",))
-def _turn_in_place(
+# An operator, so that a simulation sees its results and none of its working memory.
+@torch.library.custom_op("qloop::grad_logits_in_place", mutates_args=("logits",))
+def _grad_logits_in_place(
     logits: torch.Tensor, ids: torch.Tensor, is_ignored: torch.Tensor
 ) -> torch.Tensor:
     for tensor in (logits, ids, is_ignored):
         torch._dynamo.mark_dynamic(tensor, 0)  # the last chunk has fewer rows
-    loss_sum: torch.Tensor = _compiled_turn()(logits, ids, is_ignored)
+    loss_sum: torch.Tensor = _compiled_kernel()(logits, ids, is_ignored)
     return loss_sum
 
 
-@_turn_in_place.register_fake
-def _turn_in_place_shapes(logits: Any, ids: Any, is_ignored: Any) -> Any:
+@_grad_logits_in_place.register_fake
+def _grad_logits_in_place_shapes(logits: Any, ids: Any, is_ignored: Any) -> Any:
     return logits.new_empty((), dtype=torch.float32)
 
 
 @functools.cache
-def _compiled_turn() -> Callable[..., torch.Tensor]:
-    import torch._dynamo  # takes seconds, and runs that do not compile do without
+def _compiled_kernel() -> Callable[..., torch.Tensor]:
+    import torch._dynamo  # takes seconds to import, which runs that do not compile save
 
-    return torch.compile(_turn_by_rows)
+    return torch.compile(_grad_logits_by_rows)
 
 
-def _turn_by_rows(
+def _grad_logits_by_rows(
     logits: torch.Tensor, ids: torch.Tensor, is_ignored: torch.Tensor
 ) -> torch.Tensor:
-    """Written for the compiler: nothing between the logits and their gradient is kept."""
+    """Written for the compiler: nothing between the logits and their gradient is stored."""
     scores = logits.float()
     log_sums = scores.logsumexp(dim=1, keepdim=True)
     losses = (log_sums - scores.gather(1, ids)).masked_fill(is_ignored, 0.0)

@@ -1,24 +1,22 @@
 """The loss: a sum over targets, in nats, to be divided by the targets of the whole step.
 
-Logits are the largest tensor of a small model: 8192 tokens of a vocabulary of 152,064 are 5 GB in
-float32, and as much again for their gradient. So the output layer is asked for the loss and not for
-logits: while the model runs, its head gives the sum over targets, worked out some rows at a time,
-together with the gradients, so that no row's logits are kept or computed twice.
+Logits are the largest tensor of a small model: for 8192 tokens and a vocabulary of 152,064 they
+take 5 GB in float32, and their gradient as much again. So the head returns the loss instead of
+logits: it computes the sum over targets in chunks of rows, together with the gradients. No chunk's
+logits are kept, and a plain linear head computes none twice.
 
-    kind      how                                                        heads
-    logits    all logits, torch's cross-entropy: the reference           all
-    chunked   some rows at a time, here                                  all
-    fused     the same, softmax and slopes by one compiled kernel        plain linear layers
-    torch     torch.nn.functional.linear_cross_entropy, from torch 2.13  plain linear layers
-    liger     the Triton kernel of liger-kernel, on a GPU                plain linear layers
+    kind      how                                                          heads
+    logits    all logits at once, torch's cross-entropy: the reference     all
+    chunked   a chunk of rows at a time                                    all
+    fused     as chunked; softmax and its gradient by a compiled kernel    plain linear layers
 
-`fused` is what a GPU takes: `python tests/benchmarks/losses.py` has them beside each other.
+`auto` takes `fused` on a GPU; `python tests/benchmarks/losses.py` compares the kinds, and other
+libraries' kernels.
 """
 
+import contextlib
 import functools
-import importlib.util
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -28,18 +26,19 @@ from torch.utils.checkpoint import checkpoint
 from qloop.data.batches import IGNORED, MicroBatch
 from qloop.errors import ConfigError
 from qloop.model.attention import attention_inputs
-from qloop.model.linear_loss import LinearTargetLoss, fused_slopes, softmax_slopes
+from qloop.model.linear_loss import fused_grad_logits, sum_linear_loss
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26, "fused": 2**28}
-"""Logits at a time: on a CPU what its cache nearly holds, on a GPU what keeps it busy; four times
-as many where there is one copy of them, since each chunk reads and writes the weight's gradient."""
+"""Logits in a chunk: on a CPU about what its cache holds, on a GPU enough to keep it busy. Fused,
+which needs one copy of them, four times as many: each chunk reads and writes the weight's gradient.
+"""
 
 SMALL_LOGITS_BYTES = 2**28
-"""Below this a GPU is faster with all logits at once."""
+"""Below this, a GPU is faster with all logits at once."""
 
 
 class Prediction(NamedTuple):
-    """What a model made of a micro-batch; scalars on the model's device."""
+    """A model's predictions of a micro-batch's targets; float64 scalars on the model's device."""
 
     loss_sum: torch.Tensor
     """Nats, summed over targets."""
@@ -47,26 +46,49 @@ class Prediction(NamedTuple):
     """Targets that were the likeliest token."""
 
 
-def compute_logits(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-    """Runs the model. [batch, sequence, vocabulary], float32.
+def choose(wanted: str, *, device_type: str, logits_bytes: int, may_compile: bool) -> str:
+    """Chooses the kind of loss; needs no model.
 
-    No cache and no mask: with either, transformers stops telling packed documents apart.
+    Args:
+        wanted: The config's `loss`; any kind but `auto` is returned as it is.
+        device_type: `cuda` or `cpu`.
+        logits_bytes: Of all logits of a micro-batch in float32.
+        may_compile: Whether `auto` may choose a kind that is compiled.
     """
-    return _run(model, model, micro_batch).float()
+    if wanted != "auto":
+        return wanted
+    if device_type == "cpu":
+        return "chunked"
+    if logits_bytes < SMALL_LOGITS_BYTES:
+        return "logits"
+    return "fused" if may_compile and device_type == "cuda" else "chunked"
 
 
-def next_token_loss(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-    """Sums the cross-entropy over a micro-batch's targets, in nats: the reference.
+def build_target_loss(
+    model: Any, kind: str, *, is_wanted: bool, device: torch.device, precision: str
+) -> "TargetLoss":
+    """Tries a chosen kind of loss on the model, and falls back to others unless it is wanted.
 
-    Labels are shifted already: position i's label is the token after it in its document.
+    Some models change their logits after the head (a cap, a scale), which a loss inside the head
+    misses without an error. So the loss of a few tokens is compared with that of all logits.
+
+    Args:
+        model: Without wrappers, on the device.
+        kind: From `choose`.
+        is_wanted: Whether the config names it.
+        device: The device of the training.
+        precision: `bf16` or `fp32`.
+
+    Raises:
+        ConfigError: The wanted kind fails, or computes another loss.
     """
-    return _sum_of_logits(compute_logits(model, micro_batch), micro_batch.labels)
-
-
-def predict(model: torch.nn.Module, micro_batch: MicroBatch) -> Prediction:
-    """Sums loss and right answers over a micro-batch's targets, in float64: the reference."""
-    logits = compute_logits(model, micro_batch).flatten(0, 1)
-    return Prediction(*_score(logits, micro_batch.labels.flatten()))
+    reasons: list[str] = []
+    for candidate in [kind] if is_wanted else dict.fromkeys([kind, "chunked", "logits"]):
+        reason = _why_not(model, candidate, device, precision)
+        if reason is None:
+            return TargetLoss(model, candidate, reason="; ".join(reasons))
+        reasons.append(f"{candidate} does not fit this model: {reason}")
+    raise ConfigError(f"loss: {reasons[0]}; use auto or logits")
 
 
 class TargetLoss:
@@ -75,15 +97,18 @@ class TargetLoss:
     def __init__(
         self, model: Any, kind: str, device_type: str | None = None, reason: str = ""
     ) -> None:
-        """Takes the model without wrappers; see `choose_loss`.
+        """Takes a kind without trying it; see `build_target_loss`.
 
-        Chunks are those of a device, the model's own if none is given.
+        Args:
+            model: Without wrappers.
+            kind: `logits`, `chunked` or `fused`.
+            device_type: Sets the size of the chunks; None: the model's.
+            reason: Why it is not a faster kind.
         """
         self.kind = kind
         self.reason = reason
-        """Why it is not another kind that would be faster."""
         self._device_type = device_type or model.device.type
-        self._plain = model
+        self._unwrapped = model
         self._vocabulary_size = int(model.config.get_text_config().vocab_size)
         self._head: Any = None if kind == "logits" else model.get_output_embeddings()
 
@@ -93,98 +118,88 @@ class TargetLoss:
         Args:
             model: As prepared, or without wrappers.
             micro_batch: On the model's device.
+
+        Returns:
+            A float32 scalar.
         """
-        if self._head is None:
-            return _sum_of_logits(_run(model, self._plain, micro_batch), micro_batch.labels)
-        head_forward, labels = self._head.forward, micro_batch.labels.flatten()
-        if _is_plain(self._head):
-            num_rows = self._num_rows(is_fused=self.kind == "fused")
-            at_head = functools.partial(_sum_of_linear, self.kind, self._head, labels, num_rows)
-        else:
-            at_head = functools.partial(_sum_of_any, head_forward, labels, self._num_rows())
-        return self._run_to_head(model, micro_batch, at_head)[0]
-
-    def compile(self, dtype: torch.dtype) -> None:
-        """Makes the kernel of `fused`, for chunks of the size that training has."""
-        rows, device = self._num_rows(is_fused=True), self._plain.device
-        logits = torch.zeros(rows, self._vocabulary_size, dtype=dtype, device=device)
-        ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-        with torch.no_grad():  # as within the loss: else it would be made once more there
-            fused_slopes(logits, ids, ids == IGNORED)
-
-    def predict(self, model: torch.nn.Module, micro_batch: MicroBatch) -> Prediction:
-        """Sums loss and right answers over a micro-batch's targets, in float64; no gradients."""
         labels = micro_batch.labels.flatten()
         if self._head is None:
-            logits = _run(model, self._plain, micro_batch).flatten(0, 1)
+            return _sum_loss(_run(model, self._unwrapped, micro_batch).flatten(0, 1), labels)
+        compute: Callable[[torch.Tensor], torch.Tensor]
+        if _is_plain(self._head):
+            is_fused = self.kind == "fused"
+            num_rows = self._count_rows(is_fused)
+            compute = functools.partial(
+                sum_linear_loss, self._head, labels, num_rows=num_rows, is_fused=is_fused
+            )
+        else:
+            rows = self._count_rows()
+            compute = functools.partial(_sum_recomputed, self._head.forward, labels, rows)
+        with head_computes(self._head, compute):
+            return _run(model, self._unwrapped, micro_batch)[0, 0, 0]
+
+    def predict(self, model: torch.nn.Module, micro_batch: MicroBatch) -> Prediction:
+        """Sums the loss and the correct predictions over a micro-batch's targets; no gradients."""
+        labels = micro_batch.labels.flatten()
+        if self._head is None:
+            logits = _run(model, self._unwrapped, micro_batch).flatten(0, 1)
             return Prediction(*_score(logits, labels))
-        at_head = functools.partial(_score_rows, self._head.forward, labels, self._num_rows())
-        return Prediction(*self._run_to_head(model, micro_batch, at_head))
+        compute = functools.partial(_score_rows, self._head.forward, labels, self._count_rows())
+        with head_computes(self._head, compute):
+            return Prediction(*_run(model, self._unwrapped, micro_batch)[0, 0])
 
-    def _num_rows(self, is_fused: bool = False) -> int:
-        return _count_rows(self._vocabulary_size, self._device_type, is_fused)
+    def compile(self, dtype: torch.dtype) -> None:
+        """Compiles the kernel of `fused` for training's chunk size.
 
-    def _run_to_head(
-        self,
-        model: torch.nn.Module,
-        micro_batch: MicroBatch,
-        at_head: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
-        """Runs the model with a head that gives some numbers instead of logits.
-
-        Within the head, as there its weight is whole, whatever the engine makes of it elsewhere.
+        Args:
+            dtype: The type of the logits.
         """
-        head = self._head
-        before = vars(head).get("forward")
-        # No view: FSDP2 hooks onto what a head gives.
-        head.forward = lambda hidden: at_head(hidden.flatten(0, -2)).reshape(1, 1, -1).clone()
-        try:
-            return _run(model, self._plain, micro_batch)[0, 0]
-        finally:
-            if before is None:
-                del head.forward
-            else:
-                head.forward = before
+        rows, device = self._count_rows(is_fused=True), self._unwrapped.device
+        logits = torch.zeros(rows, self._vocabulary_size, dtype=dtype, device=device)
+        ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        with torch.no_grad():  # as in LinearTargetLoss.forward; otherwise it would compile again
+            fused_grad_logits(logits, ids, ids == IGNORED)
+
+    def _count_rows(self, is_fused: bool = False) -> int:
+        return count_rows(self._vocabulary_size, self._device_type, is_fused)
 
 
-def choose_loss(
-    model: Any,
-    wanted: str,
-    device: torch.device,
-    tokens: int,
-    precision: str,
-    may_compile: bool = True,
-) -> TargetLoss:
-    """Chooses the kind, and tries it on the model.
+@contextlib.contextmanager
+def head_computes(head: Any, compute: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Has a model's head compute numbers instead of logits: its `forward` is replaced.
 
-    Models that change logits after the head (a cap, a scale) have to show them; no error tells, so
-    a few tokens are computed both ways.
+    The loss needs the head's weight, and under FSDP2 that is whole only while the head runs.
 
     Args:
-        model: Without wrappers, on the device.
-        wanted: The config's `loss`.
-        device: Where it is trained.
-        tokens: Of a micro-batch.
-        precision: `bf16` or `fp32`.
-        may_compile: Whether `auto` may take what is compiled.
-
-    Raises:
-        ConfigError: The kind that was asked for cannot be had, or gives another loss.
+        head: The model's output layer.
+        compute: From hidden states, [tokens, hidden size], to some numbers. The model returns
+            them as its logits, [1, 1, numbers].
     """
-    vocabulary_size = model.config.get_text_config().vocab_size
-    kind = choose_kind(wanted, device.type, tokens * vocabulary_size * 4, may_compile)
-    others = ["chunked", "logits"] if wanted == "auto" else []
-    reasons: list[str] = []
-    for candidate in dict.fromkeys([kind, *others]):
-        reason = _why_not(model, candidate, device, precision)
-        if reason is None:
-            return TargetLoss(model, candidate, reason="; ".join(reasons))
-        reasons.append(f"{candidate} does not fit this model: {reason}")
-    raise ConfigError(f"loss: {reasons[0]}; use auto or logits")
+    before = vars(head).get("forward")
+    # A copy, since FSDP2 puts a hook on a head's output and cannot on a view.
+    head.forward = lambda hidden: compute(hidden.flatten(0, -2)).reshape(1, 1, -1).clone()
+    try:
+        yield
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
+
+
+def compute_logits(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+    """Runs the model. [batch, sequence, vocabulary], float32."""
+    return _run(model, model, micro_batch).float()
+
+
+def count_rows(vocabulary_size: int, device_type: str, is_fused: bool = False) -> int:
+    """Returns the tokens in a chunk of logits."""
+    place = "fused" if is_fused and device_type != "cpu" else device_type
+    return max(64, CHUNK_ELEMENTS.get(place, CHUNK_ELEMENTS["cuda"]) // vocabulary_size)
 
 
 def _why_not(model: Any, kind: str, device: torch.device, precision: str) -> str | None:
-    """Says why a kind does not do for a model; None if it does."""
+    """Returns why a kind does not work for a model; None if it does."""
     if kind == "logits":
         return None
     head = model.get_output_embeddings()
@@ -205,35 +220,13 @@ def _why_not(model: Any, kind: str, device: torch.device, precision: str) -> str
             got = float(candidate.sum(model, row))
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of many kinds: a kernel of another version, or none for this GPU
+    except Exception as error:  # of many kinds: no compiler, no kernel for this GPU
         return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
     finally:
         model.train(was_training)
     if abs(got - expected) <= (2e-2 if uses_bf16 else 1e-4) * abs(expected):  # so that NaN fails
         return None
-    return f"it gives {got:.6g} where logits give {expected:.6g}"
-
-
-def choose_kind(wanted: str, device_type: str, logits_bytes: int, may_compile: bool = True) -> str:
-    """Chooses how the loss is computed, before there is a model.
-
-    Raises:
-        ConfigError: The kind that was asked for cannot be had.
-    """
-    has = {
-        "torch": hasattr(F, "linear_cross_entropy"),
-        "liger": device_type == "cuda" and importlib.util.find_spec("liger_kernel") is not None,
-    }
-    if wanted != "auto":
-        if not has.get(wanted, True):
-            needs = {"torch": "torch 2.13 or newer", "liger": "a GPU and liger-kernel"}[wanted]
-            raise ConfigError(f"loss: {wanted} needs {needs}; use auto")
-        return wanted
-    if device_type == "cpu":
-        return "chunked"
-    if logits_bytes < SMALL_LOGITS_BYTES:
-        return "logits"
-    return "fused" if may_compile and device_type == "cuda" else "chunked"
+    return f"its loss is {got:.6g}, from all logits {expected:.6g}"
 
 
 def _is_plain(head: torch.nn.Module) -> bool:
@@ -241,26 +234,42 @@ def _is_plain(head: torch.nn.Module) -> bool:
     return type(head).forward is torch.nn.Linear.forward
 
 
-def _run(model: torch.nn.Module, plain: Any, micro_batch: MicroBatch) -> torch.Tensor:
+def _run(model: torch.nn.Module, unwrapped: Any, micro_batch: MicroBatch) -> torch.Tensor:
+    """Runs the model with no cache and no mask: with either, packed documents see each other."""
     logits: torch.Tensor = model(
         input_ids=micro_batch.input_ids,
         position_ids=micro_batch.position_ids,
         use_cache=False,
-        **attention_inputs(plain, micro_batch),
+        **attention_inputs(unwrapped, micro_batch),
     ).logits
     return logits
 
 
-def _sum_of_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+def _sum_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Labels are shifted already: that of a position is the next token of its document."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+
+
+def _sum_recomputed(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    labels: torch.Tensor,
+    num_rows: int,
+    hidden: torch.Tensor,
+) -> torch.Tensor:
+    """Sums the loss under any head; the backward pass computes each chunk's logits again."""
+
+    def sum_chunk(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return _sum_loss(head(states), targets)
+
+    chunks = zip(torch.split(hidden, num_rows), torch.split(labels, num_rows), strict=True)
+    sums = [checkpoint(sum_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    return torch.stack(sums).sum()
 
 
 def _score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sums loss and right answers, in float64. [2]."""
+    """Sums the loss and the correct predictions, in float64. [2]."""
     losses = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
-    # IGNORED is no token id, so that it is never counted as right.
+    # IGNORED is no token id, so it never counts as correct.
     correct = (logits.argmax(dim=-1) == labels).sum()
     return torch.stack([losses.double().sum(), correct.double()])
 
@@ -271,86 +280,5 @@ def _score_rows(
     num_rows: int,
     hidden: torch.Tensor,
 ) -> torch.Tensor:
-    parts = zip(torch.split(hidden, num_rows), torch.split(labels, num_rows), strict=True)
-    return torch.stack([_score(head(some), targets) for some, targets in parts]).sum(dim=0)
-
-
-def _sum_of_any(
-    head: Callable[[torch.Tensor], torch.Tensor],
-    labels: torch.Tensor,
-    num_rows: int,
-    hidden: torch.Tensor,
-) -> torch.Tensor:
-    """Sums the loss under a head of any kind; its logits are computed again in the backward."""
-
-    def sum_of_rows(some: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return _sum_of_logits(head(some), targets)
-
-    parts = zip(torch.split(hidden, num_rows), torch.split(labels, num_rows), strict=True)
-    sums = [checkpoint(sum_of_rows, *part, use_reentrant=False) for part in parts]
-    return torch.stack(sums).sum()
-
-
-def _sum_of_linear(
-    kind: str,
-    head: torch.nn.Linear,
-    labels: torch.Tensor,
-    num_rows: int,
-    hidden: torch.Tensor,
-) -> torch.Tensor:
-    device = hidden.device.type
-    uses_autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if uses_autocast else head.weight.dtype
-    with torch.autocast(device, enabled=False):
-        if kind in ("chunked", "fused"):
-            turn = softmax_slopes
-            if kind == "fused":  # in chunks of one size: a single last row would compile anew
-                turn, num_rows = fused_slopes, _divide(len(hidden), num_rows)
-            loss_sum: torch.Tensor = LinearTargetLoss.apply(  # type: ignore[no-untyped-call]
-                hidden, head.weight, head.bias, labels, num_rows, dtype, turn
-            )
-            return loss_sum
-        bias = None if head.bias is None else head.bias.to(dtype)
-        return _PEERS[kind](hidden.to(dtype), head.weight.to(dtype), labels, bias)
-
-
-def _sum_by_torch(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    # Gradients of the weight are summed over chunks in fp32, as they are over micro-batches.
-    options = torch.nn.LinearCrossEntropyOptions(acc_policy="balanced")
-    return F.linear_cross_entropy(
-        hidden, weight, labels, linear_bias=bias, reduction="sum", options=options
-    )
-
-
-def _sum_by_liger(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    loss = LigerFusedLinearCrossEntropyLoss(
-        ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32
-    )
-    loss_sum: torch.Tensor = loss(weight, hidden, labels, bias)
-    return loss_sum
-
-
-_PEERS = {"torch": _sum_by_torch, "liger": _sum_by_liger}
-
-
-def _count_rows(vocabulary_size: int, device: str, is_fused: bool = False) -> int:
-    """Says for how many tokens logits are computed at a time."""
-    place = "fused" if is_fused and device != "cpu" else device
-    return max(64, CHUNK_ELEMENTS.get(place, CHUNK_ELEMENTS["cuda"]) // vocabulary_size)
-
-
-def _divide(total: int, limit: int) -> int:
-    """Gives the size of parts that are alike but for some rows, none above a limit.
-
-    >>> _divide(10, 4)  # 4, 4 and 2
-    4
-    >>> _divide(9, 4)  # 3, 3 and 3
-    3
-    """
-    return math.ceil(total / math.ceil(total / limit))
+    chunks = zip(torch.split(hidden, num_rows), torch.split(labels, num_rows), strict=True)
+    return torch.stack([_score(head(states), targets) for states, targets in chunks]).sum(dim=0)

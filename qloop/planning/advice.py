@@ -1,76 +1,81 @@
-"""What would make a run fit: changes of the config, cheapest first."""
+"""Changes of the config that make a run fit, cheapest first."""
 
 import dataclasses
-from typing import Any
+import itertools
+import operator
+from typing import Any, NamedTuple
 
 from qloop.errors import MemoryFullError
-from qloop.planning.plan import CONTEXT_BYTES, Plan, change_config, make_plan, name_parts
+from qloop.planning.plan import CONTEXT_BYTES, Plan, change_config, make_plan
 from qloop.storage.folders import show_bytes
 
 
-def suggest_changes(plan: Plan, limit: int = 3) -> list[tuple[dict[str, Any], Plan]]:
-    """Finds changes that make a run fit, those that cost least first; then all up to one of them.
+class Suggestion(NamedTuple):
+    """A change of the config with which a run fits."""
 
-    Returns:
-        The keys with their new values, and the plan with them.
-    """
-    found: list[tuple[dict[str, Any], Plan]] = []
-    together: dict[str, Any] = {}
-    changes = _list_changes(plan)
-    cumulated = []
-    for change in changes:
-        together = {**together, **change}
-        cumulated.append(together)
-    for change in [*changes, *cumulated]:
-        if change in [seen for seen, _ in found]:
-            continue
+    change: dict[str, Any]
+    """New values by key."""
+    plan: Plan
+
+    def __str__(self) -> str:
+        """Returns the flags to type, with the planned peak memory."""
+        flags = " ".join(f"--{key} {value}" for key, value in self.change.items())
+        return f"  {flags}  ({show_bytes(self.plan.peak_bytes)})"
+
+
+def suggest_changes(plan: Plan, limit: int = 3) -> list[Suggestion]:
+    """Returns up to `limit` changes that make a run fit: single ones by cost, then combinations."""
+    single = _list_changes(plan)
+    combined = list(itertools.accumulate(single, operator.or_))
+    found: list[Suggestion] = []
+    for change in [*single, *combined[1:]]:
         changed = make_plan(change_config(plan.config, change), plan.placement)
         if changed.fits:
-            found.append((change, changed))
+            found.append(Suggestion(change, changed))
         if len(found) == limit:
             break
     return found
 
 
 def explain_out_of_memory(plan: Plan, step: int, measured_bytes: int) -> MemoryFullError:
-    """Builds the error that says where the memory went and what would fit.
+    """Builds the error that names the parts of the peak and the changes that would fit.
 
     Args:
         plan: Of the run.
-        step: That was being made.
-        measured_bytes: In use at most.
+        step: The step in progress.
+        measured_bytes: Memory in use at most.
     """
-    # What did not fit in fact is not to fit in the plan either.
-    context = CONTEXT_BYTES[plan.placement.device.kind]
-    room = min(plan.placement.device.memory_bytes, plan.peak_bytes + context - 1)
-    device = plan.placement.device._replace(memory_bytes=room)
-    smaller = dataclasses.replace(
-        plan, placement=dataclasses.replace(plan.placement, device=device)
+    device, context = plan.placement.device, CONTEXT_BYTES[plan.placement.device.kind]
+    # The plan may say that the run fits. It did not, so a change must need less than that.
+    room = min(device.memory_bytes, plan.peak_bytes + context - 1)
+    placement = dataclasses.replace(plan.placement, device=device._replace(memory_bytes=room))
+    suggestions = suggest_changes(dataclasses.replace(plan, placement=placement))
+    text = (
+        f"step {step}: out of memory: {show_bytes(measured_bytes)} in use, "
+        f"{show_bytes(plan.peak_bytes)} planned at the peak ({plan.describe_parts()}) of "
+        f"{show_bytes(device.memory_bytes)}; "
     )
-    lines = [show_change(change, plan) for change, plan in suggest_changes(smaller)]
-    # Other changes make another run.
-    allowing = "to go on, beside them: --allow_change batch_size,gradient_accumulation_steps"
-    return MemoryFullError(
-        f"step {step}: out of memory: {show_bytes(measured_bytes)} were in use, "
-        f"{show_bytes(plan.peak_bytes)} planned at the peak ({name_parts(plan)}) of "
-        f"{show_bytes(plan.placement.device.memory_bytes)}; "
-        + ("saved checkpoints are whole; " if step > 1 else "")
-        + ("\n".join(["less is needed with one of:", *lines]) if lines else "use a smaller model")
-        + (f"\n{allowing}" if step > 1 and "--batch_size" in "".join(lines) else "")
-    )
+    if step > 1:
+        text += "saved checkpoints are whole; "
+    if not suggestions:
+        return MemoryFullError(text + "use a smaller model")
+    lines = [text + "one of these needs less:", *map(str, suggestions)]
+    if step > 1 and any("batch_size" in suggestion.change for suggestion in suggestions):
+        lines.append("to go on, add: --allow_change batch_size,gradient_accumulation_steps")
+    return MemoryFullError("\n".join(lines))
 
 
 def _list_changes(plan: Plan) -> list[dict[str, Any]]:
-    """Lists what may save memory, by what it costs: time first, then what is learned."""
+    """Lists changes that save memory by their cost: none, then time, then learning capacity."""
     config = plan.config
     length, batch = config.data.max_seq_length, config.batch
     changes: list[dict[str, Any]] = []
-    if batch.batch_size > 1:  # costs nothing
+    if batch.batch_size > 1:
         more = batch.gradient_accumulation_steps * batch.batch_size
         changes.append({"batch_size": 1, "gradient_accumulation_steps": more})
-    if plan.activations == "off" and plan.placement.engine != "zero3":
+    if plan.recomputation == "off" and plan.placement.engine != "zero3":
         changes.append({"gradient_checkpointing": "selective"})
-    if plan.activations != "full":
+    if plan.recomputation != "full":
         changes.append({"gradient_checkpointing": "full"})
     if config.optimizer.optimizer == "adamw" and plan.placement.engine == "ddp":
         changes.append({"optimizer": "adamw_8bit"})
@@ -81,9 +86,3 @@ def _list_changes(plan: Plan) -> list[dict[str, Any]]:
     if length >= 1024:
         changes.append({"max_seq_length": length // 2})
     return changes
-
-
-def show_change(change: dict[str, Any], plan: Plan) -> str:
-    """Shows a change as the flags to type, with the peak memory that it leads to."""
-    flags = " ".join(f"--{key} {value}" for key, value in change.items())
-    return f"  {flags}  ({show_bytes(plan.peak_bytes)})"

@@ -1,4 +1,4 @@
-"""A model without a single value, to plan with."""
+"""A model without values, on the `meta` device, to plan with."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from qloop.model.adapters import add_adapters
 from qloop.model.pretrained import LOADING_ERRORS, cannot_load, load_model_config
 
 
-def build_shapes(config: ModelConfig, lora: LoraConfig, precision: str) -> PreTrainedModel:
-    """Builds the model of `build_model` without a single value, on the `meta` device.
+def build_meta_model(config: ModelConfig, lora: LoraConfig, precision: str) -> PreTrainedModel:
+    """Builds the model of `build_model` without values, on the `meta` device.
 
-    A 4-bit layer is one of its bytes that unpacks its weight each time it is used.
+    A 4-bit layer has the packed bytes as its weight, and unpacks them at each use.
 
     Raises:
         ConfigError: As `build_model`.
@@ -43,10 +43,10 @@ def build_shapes(config: ModelConfig, lora: LoraConfig, precision: str) -> PreTr
 
 
 class PackedLinear(torch.nn.Linear):
-    """The shape of a linear layer in NF4 with double quantisation.
+    """A linear layer with the size of NF4 with double quantisation.
 
-    Half a byte a weight, a byte for each 64 of them and 4 bytes for each 64 * 256 (Dettmers et al.
-    2023, arXiv 2305.14314).
+    Half a byte per weight, a byte for each 64 weights and 4 bytes for each 64 * 256 (Dettmers et
+    al. 2023, arXiv 2305.14314).
     """
 
     def __init__(self, layer: torch.nn.Linear, dtype: torch.dtype) -> None:
@@ -58,7 +58,7 @@ class PackedLinear(torch.nn.Linear):
         self.dtype = dtype
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Unpacks, and multiplies."""
+        """Unpacks the weight and multiplies."""
         shape = (self.out_features, self.in_features)
         result: torch.Tensor = _Unpacked.apply(  # type: ignore[no-untyped-call]
             hidden, self.weight, shape, self.dtype
@@ -67,7 +67,7 @@ class PackedLinear(torch.nn.Linear):
 
 
 class _Unpacked(torch.autograd.Function):
-    """Keeps the packed weight for the backward pass, and unpacks it there again."""
+    """Keeps the packed weight for the backward pass, which unpacks it again."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Any, packed: Any, shape: Any, dtype: Any) -> Any:
@@ -78,12 +78,12 @@ class _Unpacked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
         (packed,) = ctx.saved_tensors
-        # By another operator than above, or a compiler would unpack once and keep it.
+        # A different operator than above: a compiler would merge the two and keep the result.
         return gradient @ packed.new_zeros(ctx.shape, dtype=ctx.dtype), None, None, None
 
 
 def _pack_linear_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Packs what transformers would: all linear layers but the head."""
+    """Packs the layers that transformers would: all linear ones except the head."""
     head = model.get_output_embeddings()
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):

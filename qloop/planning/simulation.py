@@ -1,12 +1,13 @@
-"""Runs a step of training on tensors that have no memory, and adds up what it would take.
+"""Runs a training step on tensors without memory, and adds up the memory it would take.
 
-It is the very code that trains (attention, loss, recomputation, autocast), with torch's fake
-tensors; every storage that begins or ends is written down. The largest sum is the peak; what is
-alive then, by what it is for, are its parts. Fake tensors are those of a CPU, since torch has no
-others on a machine without a GPU; shapes and types are the same. Of compiled layers, what is kept
-for the backward pass is chosen as torch's compiler does it: from the graph of both passes.
+The code is that of training (attention, loss, recomputation, autocast), run on torch's fake
+tensors, and every storage is recorded when it is created and freed. The largest sum is the peak;
+its parts are the storages alive at that moment, by purpose. The fake tensors are on the CPU, since
+torch has no others on a machine without a GPU; shapes and types are the same. For compiled layers,
+the tensors kept for the backward pass are chosen as torch's compiler does, from the graph of both
+passes.
 
-Not seen: what kernels use inside, and what an allocator wastes between tensors.
+Not included: the memory that kernels use internally, and an allocator's waste between tensors.
 """
 
 import contextlib
@@ -27,16 +28,16 @@ from qloop.model.attention import DOCUMENTS
 from qloop.model.loss import TargetLoss
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "loss", "working")
-"""working: what is there for a moment, such as a layer's values that are computed again."""
+"""working: short-lived tensors, such as a layer's recomputed activations."""
 
 
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down when storages begin and end, each by a number, counted from their beginning."""
+    """Records when storages are created and freed; they are numbered in the order of creation."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[tuple[int, int]] = []
-        """A storage's number and its bytes, negative at its end."""
+        """The number of a storage and its bytes, negative when it is freed."""
         self.position = 0
         """The next storage's number."""
         self._numbers: dict[int, int] = {}
@@ -51,7 +52,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def note(self, tensor: torch.Tensor) -> int:
-        """Notes a tensor's storage, if it is new, and gives its number."""
+        """Records a tensor's storage if it is new, and returns its number."""
         storage = tensor.untyped_storage()
         place = storage._cdata
         if place not in self._numbers:
@@ -62,7 +63,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._numbers[place]
 
     def alive_since(self, position: int) -> set[int]:
-        """Gives the storages that began then or later and have not ended."""
+        """Returns the storages that are alive and were created at `position` or later."""
         return {number for number in self._numbers.values() if number >= position}
 
     def _end(self, place: int, number: int, size: int) -> None:
@@ -80,21 +81,21 @@ def simulate_step(
     accumulates: bool,
     compiled: str | None = None,
 ) -> dict[str, int]:
-    """Runs forward and backward of a micro-batch.
+    """Runs the forward and backward pass of a micro-batch.
 
     Args:
-        model: On the `meta` device, its activations set; of no use afterwards.
+        model: On the `meta` device, with its recomputation set; of no use afterwards.
         loss_kind: See `qloop.model.loss`.
-        device_type: The chunks of the loss are those of this device.
+        device_type: Decides the chunk size of the loss.
         batch_size: Blocks.
-        length: Of a block.
+        length: Tokens in a block.
         precision: `bf16` or `fp32`.
-        accumulates: Whether the gradients of an earlier micro-batch wait meanwhile.
-        compiled: `off` or `selective`, where layers that nothing was set of are compiled, and
-            keep what their compiler chooses.
+        accumulates: Whether the gradients of an earlier micro-batch are held meanwhile.
+        compiled: `off` or `selective` for layers that are compiled, and keep what the compiler
+            chooses; None for layers that are not.
 
     Returns:
-        Bytes at the peak, by PARTS; without the optimizer's.
+        Bytes at the peak, by PARTS, without the optimizer's state.
     """
     drop = _drop_by_bytes if device_type == "cuda" else F.dropout
     with FakeTensorMode(allow_non_fake_inputs=True), _dropping(drop):
@@ -106,7 +107,7 @@ def simulate_step(
         model.train()
         with Tape() as tape:
             parameters = {tape.note(tensor) for tensor in (*model.parameters(), *model.buffers())}
-            if accumulates:  # those of an earlier micro-batch are there already
+            if accumulates:  # the gradients of an earlier micro-batch exist already
                 for parameter in model.parameters():
                     if parameter.requires_grad:
                         parameter.grad = torch.empty_like(parameter)
@@ -134,9 +135,9 @@ def simulate_step(
 
 @contextlib.contextmanager
 def _dropping(drop: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Has modules drop by another function.
+    """Replaces torch's dropout until the block ends.
 
-    By its name, since what is computed again in the backward pass has to meet it too.
+    By name, so that recomputation in the backward pass uses it, too.
     """
     functional: Any = F
     plain = functional.dropout
@@ -150,19 +151,19 @@ def _dropping(drop: Callable[..., torch.Tensor]) -> Iterator[None]:
 def _drop_by_bytes(
     values: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> torch.Tensor:
-    """Keeps a byte for each value, as a GPU; a CPU keeps the factor that it multiplied with."""
+    """Keeps one byte per value, as on a GPU; a CPU keeps the factor it multiplied with."""
     return torch.native_dropout(values, p, True)[0] if training and p else values
 
 
 def _drop_again(
     values: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> torch.Tensor:
-    """Keeps nothing: the same random numbers can be drawn again."""
+    """Keeps nothing: recomputation draws the same random numbers again."""
     return values * (1 - p) if training and p else values
 
 
 def _keep_as_compiled(model: torch.nn.Module, mode: str) -> None:
-    """Has every layer keep what it would keep compiled; layers are alike but for their inputs."""
+    """Makes every layer keep the tensors it would keep compiled."""
     graphs: dict[Any, Callable[..., Any]] = {}
     for layer in find_layers(model):
         setattr(layer, "forward", _like_compiled(layer, graphs, mode))  # noqa: B010
@@ -171,7 +172,7 @@ def _keep_as_compiled(model: torch.nn.Module, mode: str) -> None:
 def _like_compiled(
     layer: torch.nn.Module, graphs: dict[Any, Callable[..., Any]], mode: str
 ) -> Callable[..., Any]:
-    """Gives a layer's forward by the two graphs that `torch.compile` would make of it."""
+    """Returns a layer's forward made of the two graphs that `torch.compile` would build."""
     from functorch.compile import aot_function, min_cut_rematerialization_partition, nop
 
     plain = layer.forward
@@ -207,7 +208,7 @@ def _like_compiled(
 
 
 def _mark(graph: Any) -> None:
-    """Marks a layer's forward nodes as `selective` does: what it keeps, and what comes again."""
+    """Marks the nodes of a layer's forward graph as kept or recomputed, as `selective` does."""
     backward = set()
     for node in graph.graph.nodes:
         is_given = node.op == "placeholder" and "tangent" in node.name
@@ -221,7 +222,7 @@ def _mark(graph: Any) -> None:
 
 
 def _sum_at_peak(events: list[tuple[int, int]], part_of: dict[int, str]) -> dict[str, int]:
-    """Replays the events, and gives the sums by part where their total is largest."""
+    """Replays the events, and returns the sums by part at the largest total."""
     now = dict.fromkeys(PARTS, 0)
     total, largest, peak = 0, 0, dict(now)
     for number, size in events:
@@ -233,7 +234,7 @@ def _sum_at_peak(events: list[tuple[int, int]], part_of: dict[int, str]) -> dict
 
 
 def _give_fake_memory(model: torch.nn.Module) -> None:
-    """Moves a model from `meta` to fake tensors, keeping what is tied tied."""
+    """Moves a model from `meta` to fake tensors; tied parameters stay tied."""
     given: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -251,8 +252,8 @@ def _give_fake_memory(model: torch.nn.Module) -> None:
 
 def _build_fake_batch(model: Any, batch_size: int, length: int) -> MicroBatch:
     ids = torch.empty(batch_size, length, dtype=torch.int64)
-    # Transformers' own attention looks at positions for documents, and there are no values; without
-    # positions it takes each row for one.
+    # Transformers' own attention finds documents by the values of positions. Fake tensors have none;
+    # without positions, each row is one document.
     by_documents = model.config._attn_implementation == DOCUMENTS
     places: Any = torch.empty_like(ids) if by_documents else None
     micro_batch = MicroBatch(ids, torch.empty_like(ids), places)
@@ -261,7 +262,7 @@ def _build_fake_batch(model: Any, batch_size: int, length: int) -> MicroBatch:
 
 
 def _watch_head(model: Any, tape: Tape) -> list[int]:
-    """Notes where on the tape the head is entered."""
+    """Records the position on the tape at each call of the head."""
     entered: list[int] = []
     head = model.get_output_embeddings()
     if isinstance(head, torch.nn.Module):

@@ -1,4 +1,4 @@
-"""What a person sees: a live line on a terminal, plain lines elsewhere, and training_log.txt."""
+"""The console: a live line on a terminal, plain lines elsewhere, and training_log.txt."""
 
 import logging
 import time
@@ -15,15 +15,15 @@ from qloop.report.metrics import StepRecord
 
 
 class Console:
-    """Writes messages to the terminal and the log, and steps to a line that stays."""
+    """Writes messages to the terminal and the log, and steps to a live line."""
 
     def __init__(self, log_file: Path | None, log_steps: int, last_step: int) -> None:
         """Opens the log.
 
         Args:
-            log_file: training_log.txt, appended to; none writes no log.
-            log_steps: Steps between lines in the log, and where there is no terminal.
-            last_step: Where the run ends.
+            log_file: training_log.txt, appended to; None writes no log.
+            log_steps: Steps between lines in the log, and on output that is no terminal.
+            last_step: The last step of the run.
         """
         self._rich = RichConsole(soft_wrap=True, highlight=False, markup=False)
         self._log = LineFile(log_file, self._rich.print) if log_file else None
@@ -38,7 +38,7 @@ class Console:
         self._write_log(message)
 
     def show_step(self, record: StepRecord) -> None:
-        """Renews the live line; prints and logs a plain one when it is due."""
+        """Updates the live line; prints and logs a plain line when it is due."""
         now = time.perf_counter()
         if self._started is None:
             self._started = (now, record.step)
@@ -55,7 +55,7 @@ class Console:
             self._write_log(line)
 
     def close(self) -> None:
-        """Ends the live line, leaving its last state, and the log."""
+        """Ends the live line, whose last state stays, and closes the log."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -64,7 +64,7 @@ class Console:
             self._log = None
 
     def _estimate_seconds(self, now: float, step: int) -> float | None:
-        """Seconds to the end at the pace so far, without the first step, which warms up."""
+        """Returns the seconds to the end at the pace so far, without the first step (warm-up)."""
         assert self._started is not None
         began, first_step = self._started
         if step == first_step:
@@ -78,7 +78,7 @@ class Console:
 
 
 def quieten_libraries() -> None:
-    """Keeps progress bars and hints of transformers and datasets out of our lines; errors stay."""
+    """Turns off progress bars and hints of transformers and datasets; errors stay."""
     import datasets
     import transformers
 

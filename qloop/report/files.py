@@ -1,4 +1,4 @@
-"""A file that grows by lines, on a disk that may be full for a while."""
+"""Files that programs read: metrics.jsonl, eval_results.json and the ledger of data_report.json."""
 
 import dataclasses
 import json
@@ -6,31 +6,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qloop.data.corpus import Corpus
+from qloop.data.packing import BlockIndex
 from qloop.report.metrics import StepRecord
 from qloop.storage.folders import write_atomically, write_json
 
 
 class LineFile:
-    """Appends lines; what the disk does not take is kept and written with the lines after it.
+    """Appends lines; those that a full disk refuses are kept and written with later ones.
 
-    So a full disk neither ends a run nor loses a line, as long as it is not full at the end.
+    So a full disk neither ends a run nor loses a line, unless it is still full at the end.
     """
 
-    def __init__(self, file: Path, complain: Callable[[str], None]) -> None:
+    def __init__(self, file: Path, say: Callable[[str], None]) -> None:
         """Opens the file.
 
         Args:
             file: Appended to.
-            complain: Gets one message when the disk refuses, and one when it takes lines again.
+            say: Prints one message when the disk refuses, and one when it accepts lines again.
         """
         self._file = file
-        self._complain = complain
+        self._say = say
         self._stream = file.open("ab", buffering=0)
         self._unwritten = b""
         self._is_refused = False
 
     def write(self, text: str) -> None:
-        """Appends text, which ends with a line's end."""
+        """Appends text, which must end with a newline."""
         self._unwritten += text.encode()
         try:
             while self._unwritten:
@@ -38,28 +40,28 @@ class LineFile:
         except OSError as error:
             if not self._is_refused:
                 self._is_refused = True
-                self._complain(f"{self._file}: {error.strerror}; its lines wait in memory")
+                self._say(f"{self._file}: {error.strerror}; its lines are kept in memory")
         else:
             if self._is_refused:
                 self._is_refused = False
-                self._complain(f"{self._file}: the lines that waited are written")
+                self._say(f"{self._file}: the lines kept in memory are written")
 
     def close(self) -> None:
-        """Ends the file, after a last try at what the disk refused."""
+        """Closes the file, after a last attempt to write what the disk refused."""
         self.write("")
         self._stream.close()
 
 
 class MetricsFile:
-    """metrics.jsonl: every line is on its way to the disk when its step ends."""
+    """metrics.jsonl: a line is written when its step ends."""
 
-    def __init__(self, file: Path, after_step: int, complain: Callable[[str], None]) -> None:
-        """Cuts the file back to a step, so that none appears twice, and goes on behind it."""
+    def __init__(self, file: Path, after_step: int, say: Callable[[str], None]) -> None:
+        """Cuts the file back to a step, so that none appears twice."""
         lines = [
             json.dumps(record) for record in read_records(file) if record["step"] <= after_step
         ]
         write_atomically(file, "".join(f"{line}\n" for line in lines))
-        self._lines = LineFile(file, complain)
+        self._lines = LineFile(file, say)
 
     def write(self, record: StepRecord) -> None:
         """Appends a line."""
@@ -70,12 +72,12 @@ class MetricsFile:
         self._lines.close()
 
     def flush(self) -> None:
-        """Tries again to write what the disk refused."""
+        """Tries again to write the lines that the disk refused."""
         self._lines.write("")
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl; a last line that a crash cut short is left out."""
+    """Reads metrics.jsonl, without a last line that a crash cut short."""
     if not file.exists():
         return []
     records = []
@@ -88,7 +90,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
 
 
 class EvalResultsFile:
-    """eval_results.json: a list of the held-out results by step."""
+    """eval_results.json: the list of held-out results by step."""
 
     def __init__(self, file: Path, after_step: int) -> None:
         """Cuts the list back to a step."""
@@ -97,7 +99,24 @@ class EvalResultsFile:
         self.results: list[dict[str, Any]] = [r for r in before if r["step"] <= after_step]
 
     def write(self, step: int, result: dict[str, Any]) -> None:
-        """Appends a result, in place of an older one of the same step."""
+        """Appends a result; replaces an older one of the same step."""
         self.results = [r for r in self.results if r["step"] != step]
         self.results.append({"step": step, **result})
         write_json(self._file, self.results)
+
+
+def describe_corpus(
+    corpus: Corpus, index: BlockIndex, held_out: BlockIndex | None
+) -> dict[str, Any]:
+    """Returns the ledger with the figures of packing: the content of data_report.json."""
+    report = dict(corpus.report)
+    for side, blocks in (("train", index), ("held_out", held_out)):
+        if blocks:
+            report[side] = {
+                **report[side],
+                "blocks": len(blocks),
+                "block_length": blocks.block_length,
+                "padding": blocks.padding_tokens,
+                "padding_share": blocks.padding_tokens / (len(blocks) * blocks.block_length),
+            }
+    return {"fingerprint": corpus.fingerprint, **report}

@@ -1,4 +1,4 @@
-"""All reports of a run behind one name; on ranks other than the main one they do nothing."""
+"""All reports of a run in one object; on ranks other than the main one it does nothing."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from qloop.storage.folders import write_atomically, write_json
 
 
 class Reporter:
-    """Tells the console, the log files and the trackers of what happens."""
+    """Reports to the console, the log files and the trackers."""
 
     def __init__(
         self, run: RunDirectory, config: Config, step: int, last_step: int, is_main: bool
@@ -29,7 +29,6 @@ class Reporter:
         if not is_main:
             return
         self._run = run
-        self._training_method = config.model.training_method
         self._console = Console(run.training_log, config.report.log_steps, last_step)
         self._metrics = MetricsFile(run.metrics, step, self.say)
         self._evaluations = EvalResultsFile(run.eval_results, step)
@@ -53,7 +52,7 @@ class Reporter:
             self._trackers.write(step, {f"train/{name}": value for name, value in known.items()})
 
     def flush(self) -> None:
-        """Tries again to write the steps that the disk refused, before a save relies on them."""
+        """Tries again to write steps that the disk refused, before a save relies on them."""
         if self.is_main:
             self._metrics.flush()
 
@@ -61,7 +60,7 @@ class Reporter:
         """Reports held-out results."""
         if self.is_main:
             values = dataclasses.asdict(evaluation)
-            with self._outliving_the_disk():
+            with self._reporting_disk_errors():
                 self._evaluations.write(step, values)
             self._trackers.write(
                 step, {f"held_out/{name}": value for name, value in values.items()}
@@ -73,7 +72,7 @@ class Reporter:
             )
 
     def write_results(self, samples: list[Sample]) -> None:
-        """Writes the results folder from all that was reported.
+        """Writes the results folder.
 
         Raises:
             CheckpointError: The disk refuses.
@@ -84,8 +83,8 @@ class Reporter:
             self._write_results(samples)
         except OSError as error:
             raise CheckpointError(
-                f"{self._run.results}: cannot be written: {error}; the model is saved; make room, "
-                "and the same command writes them"
+                f"{self._run.results}: cannot be written: {error}; the model is saved; make room "
+                "and type the same command again"
             ) from error
 
     def _write_results(self, samples: list[Sample]) -> None:
@@ -102,8 +101,8 @@ class Reporter:
             folder / "loss.png",
         )
 
-    def say_farewell(self, step: int, checkpoint: Path) -> None:
-        """Says how it went, where everything is, and what to type next."""
+    def say_farewell(self, step: int, checkpoint: Path, next_lines: list[str]) -> None:
+        """Prints the results, the place of every file, and commands to type next."""
         if not self.is_main:
             return
         lines = [f"finished after step {step}"]
@@ -119,33 +118,26 @@ class Reporter:
             f"  logs     {self._run.logs}  (training_log.txt, metrics.jsonl, eval_results.json, "
             "data_report.json)",
             "next:",
-            f"  train on   qloop train --config {self._run.config} --max_steps {2 * step}",
+            *next_lines,
         ]
-        if self._training_method == "full":
-            lines.append(
-                f"  adapt it   qloop train --model_name {checkpoint} --training_method lora"
-            )
-            lines.append(f"  load it    AutoModelForCausalLM.from_pretrained('{checkpoint}')")
-        else:
-            lines.append(f"  load it    PeftModel.from_pretrained(base, '{checkpoint}')")
         self.say("\n".join(lines))
 
     def write_status(self, state: str, step: int, reason: str = "") -> None:
-        """Says in status.json how the run stands."""
+        """Writes status.json."""
         if self.is_main:
-            with self._outliving_the_disk():
+            with self._reporting_disk_errors():
                 self._run.write_status(state, step, reason)
 
     @contextlib.contextmanager
-    def _outliving_the_disk(self) -> Iterator[None]:
-        """Tells of a file that the disk refuses, and goes on: it is written anew each time."""
+    def _reporting_disk_errors(self) -> Iterator[None]:
+        """Reports a file that the disk refuses, and goes on: it is rewritten each time."""
         try:
             yield
         except OSError as error:
             self.say(f"{error.filename or self._run.path}: not written: {error.strerror}")
 
     def close(self) -> None:
-        """Ends all reports."""
+        """Closes all reports."""
         if self.is_main:
             self._trackers.close()
             self._metrics.close()
@@ -158,9 +150,9 @@ def _format_samples(samples: list[Sample]) -> str:
         parts.append(f"## {number}\n")
         for title, text in (
             ("given", sample.prefix),
-            ("the model goes on", sample.completion),
-            ("the document goes on", sample.truth),
+            ("the model continues", sample.completion),
+            ("the document continues", sample.truth),
         ):
-            # Four backticks, since q itself may hold three.
+            # Four backticks, since Q code itself may contain three.
             parts.append(f"{title}:\n\n````q\n{text}\n````\n")
     return "\n".join(parts)

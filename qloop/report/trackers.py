@@ -1,4 +1,4 @@
-"""Weights & Biases and TensorBoard; neither can ever end a run, nor change it."""
+"""Weights & Biases and TensorBoard; neither can end or change a run."""
 
 import os
 import uuid
@@ -13,7 +13,7 @@ Say = Callable[[str], None]
 
 
 class Trackers:
-    """All trackers that the config turns on; one that fails is told of and left."""
+    """The trackers that the config turns on; one that fails is reported and dropped."""
 
     def __init__(
         self,
@@ -24,18 +24,18 @@ class Trackers:
         step: int,
         say: Say,
     ) -> None:
-        """Starts them.
+        """Starts the trackers.
 
         Args:
-            config: Which ones.
+            config: The config's section.
             logs: Folder for their files.
-            name: The run's name.
-            settings: The whole config, for W&B to show.
+            name: Name of the run.
+            settings: The whole config, which W&B shows.
             step: Updates made so far.
-            say: Tells the person.
+            say: Prints a message.
 
         Raises:
-            ConfigError: A package is missing that the config asks for.
+            ConfigError: The package of a tracker is not installed.
         """
         self._say = say
         self._sinks: list[_Sink] = []
@@ -45,11 +45,11 @@ class Trackers:
             self._start(lambda: _Wandb(config.wandb_project, logs, name, settings, say))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Sends the values of a step, such as `train/loss`."""
+        """Sends the values of a step, by name: `train/loss`."""
         self._each(lambda sink: sink.write(step, values))
 
     def close(self) -> None:
-        """Ends them."""
+        """Closes the trackers."""
         self._each(lambda sink: sink.close())
 
     def _start(self, build: Callable[[], "_Sink"]) -> None:
@@ -57,8 +57,10 @@ class Trackers:
             self._sinks.append(build())
         except ConfigError:
             raise
-        except Exception as error:  # whatever a tracker's client does, training goes on
-            self._say(f"a tracker could not start and is off: {type(error).__name__}: {error}")
+        except Exception as error:  # a tracker's client may raise anything; training goes on
+            self._say(
+                f"a tracker could not start and is turned off: {type(error).__name__}: {error}"
+            )
 
     def _each(self, act: Callable[["_Sink"], None]) -> None:
         for sink in list(self._sinks):
@@ -66,7 +68,7 @@ class Trackers:
                 act(sink)
             except Exception as error:  # as above
                 self._sinks.remove(sink)
-                self._say(f"{sink.name} failed and is off from here: {error}")
+                self._say(f"{sink.name} failed and is turned off: {error}")
 
 
 class _Sink:
@@ -89,7 +91,7 @@ class _TensorBoard(_Sink):
             raise ConfigError(
                 "tensorboard: the package is missing; pip install tensorboard"
             ) from error
-        # What an interrupted part wrote after the restored step is hidden.
+        # Hides what an interrupted part wrote after the restored step.
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -121,19 +123,19 @@ class _Wandb(_Sink):
             "dir": str(logs),
             "settings": wandb.Settings(silent=True),
         }
-        # W&B's own is 90 seconds, in which a run would stand still.
+        # W&B's default of 90 seconds would block the run.
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
         try:
             self._run = wandb.init(**options)
         except Exception as error:
-            # Its service still tries, and would refuse the id a second time.
+            # Its service keeps trying, and would refuse the id a second time.
             wandb.teardown()
             self._run = wandb.init(**options, mode="offline")
             say(
-                f"W&B cannot be reached ({error}); this part is written to {logs / 'wandb'}: "
-                f"send it later with wandb sync {logs / 'wandb'}/offline-run-*"
+                f"W&B cannot be reached ({error}); this part is written to {logs / 'wandb'}; "
+                f"send it later: wandb sync {logs / 'wandb'}/offline-run-*"
             )
-        # W&B's own counter cannot go back, a resumed run's step can.
+        # W&B's own counter cannot go back; the step of a resumed run can.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

@@ -1,8 +1,7 @@
-"""The one door to the disk for checkpoints: plain system calls and no policy.
+"""The only access of checkpoints to the disk: plain system calls and no policy.
 
-Tests put a disk in its place that loses, fills or fails (`tests/torture/`), so what a checkpoint
-survives is decided by the order of these calls in `store.py`, and can be tried out at every one of
-them.
+What a checkpoint survives is decided by the order of these calls in `checkpoint/store.py`. Tests
+replace the disk by one that loses data, fills up or fails at any of them (`tests/torture/`).
 """
 
 import os
@@ -18,21 +17,21 @@ class FileSystem:
     """Calls on a real disk; every one raises OSError as the system does."""
 
     def make_folder(self, path: Path) -> None:
-        """Makes a folder, which must not be there yet."""
+        """Creates a folder, which must not exist yet."""
         path.mkdir()
 
     def create(self, path: Path) -> int:
-        """Opens a new file for writing, which must not be there yet; returns its descriptor."""
+        """Creates a file, which must not exist yet; returns a descriptor for writing."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
 
     def append(self, descriptor: int, data: memoryview) -> None:
         """Writes all of `data`."""
-        data = data.cast("B") if data.nbytes else data  # so that its items are what write counts
+        data = data.cast("B") if data.nbytes else data  # slices then count bytes
         while data.nbytes:
             data = data[os.write(descriptor, data[:_PIECE_BYTES]) :]
 
     def sync(self, descriptor: int) -> None:
-        """Returns when the file's bytes are on the disk."""
+        """Returns once the file's bytes are on the disk."""
         os.fsync(descriptor)
 
     def close(self, descriptor: int) -> None:
@@ -40,7 +39,7 @@ class FileSystem:
         os.close(descriptor)
 
     def sync_folder(self, path: Path) -> None:
-        """Returns when the folder's names are on the disk."""
+        """Returns once the names in the folder are on the disk."""
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
@@ -48,7 +47,7 @@ class FileSystem:
             os.close(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Gives a file or folder another name, in one instant."""
+        """Renames a file or folder atomically."""
         source.rename(target)
 
     def delete_file(self, path: Path) -> None:
@@ -60,15 +59,15 @@ class FileSystem:
         path.rmdir()
 
     def list(self, path: Path) -> list[str]:
-        """Names in a folder, sorted; none if there is no such folder."""
+        """Returns the sorted names in a folder; none if it does not exist."""
         return sorted(os.listdir(path)) if path.is_dir() else []
 
     def is_folder(self, path: Path) -> bool:
-        """Whether it is a folder; a link to one is not."""
+        """Whether the path is a folder and not a link to one."""
         return path.is_dir() and not path.is_symlink()
 
     def measure_file(self, path: Path) -> int | None:
-        """Bytes of a plain file; None for anything else: a link, a pipe, nothing."""
+        """Returns the bytes of a regular file; None for a link, a pipe, or if nothing is there."""
         try:
             status = path.lstat()
         except (FileNotFoundError, NotADirectoryError):
@@ -82,5 +81,5 @@ class FileSystem:
                 yield piece
 
     def count_free_bytes(self, path: Path) -> int:
-        """Free space for this user where the folder lies."""
+        """Returns the bytes that this user may still write on the folder's disk."""
         return shutil.disk_usage(path).free

@@ -1,4 +1,8 @@
-"""Files and folders that are whole or absent, and hashes of files."""
+"""Folders and files that are whole or absent, the locks of files, hashes and sizes.
+
+A file is written by `write_atomically`, a folder filled inside `whole_folder`: each is built under
+a temporary name in the same parent and renamed when it is complete.
+"""
 
 import contextlib
 import fcntl
@@ -13,7 +17,64 @@ from pathlib import Path
 from typing import Any
 
 _LOCK = "in-use.lock"
-"""In a folder that is being filled; the process that fills it holds it."""
+"""In a folder that is being filled; locked by the process that fills it."""
+_PIECE_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, prefix: str = ".building-") -> Iterator[Path]:
+    """Yields a new folder to fill; renames it to `path` when the block ends without an error.
+
+    The folder is synced before the rename: after a loss of power, `path` has all of its files or
+    does not exist. If the block raises, the folder is deleted. While it is being filled, a locked
+    file in it tells `delete_leftovers` that it is not what a killed process left.
+
+    Args:
+        path: The final name; missing parents are created.
+        prefix: First part of the temporary name. Choose another one where no leftovers may be
+            deleted.
+
+    Raises:
+        OSError: The disk refuses, or `path` is a file or a folder that is not empty.
+    """
+    building = path.with_name(f"{prefix}{path.name}-{uuid.uuid4().hex[:8]}")
+    building.mkdir(parents=True)
+    try:
+        with file_lock(building / _LOCK):
+            yield building
+            for file in building.rglob("*"):
+                _sync(file)
+            # Last, since a leftover without this file is never deleted.
+            (building / _LOCK).unlink()
+            _sync(building)
+            building.rename(path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def delete_leftovers(parent: Path, prefix: str = ".building-") -> None:
+    """Deletes the temporary folders of `whole_folder` that killed processes have left."""
+    for building in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):  # locked, renamed or deleted meanwhile
+            with (building / _LOCK).open("r+") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # A new folder whose file is not locked yet holds nothing else.
+                is_leftover = len(list(building.iterdir())) > 1
+            if is_leftover:
+                shutil.rmtree(building)
+
+
+@contextlib.contextmanager
+def file_lock(file: Path) -> Iterator[None]:
+    """Holds an exclusive lock on a file, created if missing; waits for the process that has it.
+
+    The system frees the lock when its process ends. The file is open for writing: NFS locks such a
+    file on all machines, but a folder only on one.
+    """
+    with file.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -29,7 +90,10 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def hash_files(files: list[Path]) -> str:
-    """Hashes the names (below their common folder) and the bytes of some files."""
+    """Hashes the names (below their common folder) and the bytes of some files.
+
+    Links, pipes and files without read permission count by their name alone.
+    """
     root = os.path.commonpath([file.parent for file in files])
     digest = hashlib.sha256()
     for file in files:
@@ -37,67 +101,19 @@ def hash_files(files: list[Path]) -> str:
         if stat.S_ISREG(file.lstat().st_mode) and os.access(file, os.R_OK):
             content = hashlib.sha256()
             with file.open("rb") as stream:
-                while chunk := stream.read(2**20):
-                    content.update(chunk)
+                while piece := stream.read(_PIECE_BYTES):
+                    content.update(piece)
             digest.update(content.digest())
     return digest.hexdigest()
 
 
 def show_bytes(count: float) -> str:
-    """Shows a size as one would say it: `57 MB`."""
+    """Formats a size with three digits and a decimal unit: `57 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
         count /= 1000
     return f"{count:.3g} TB"
-
-
-@contextlib.contextmanager
-def whole_folder(path: Path, prefix: str = ".building-") -> Iterator[Path]:
-    """Yields a new folder to fill; it gets the name `path` when the block ends without an error.
-
-    The folder is synced before the rename, so that after a loss of power the name stands for all of
-    its files or does not exist. If the block raises, the folder is deleted. While it is filled, it
-    holds a locked file, by which `delete_leftovers` knows it from what a killed process left.
-
-    Args:
-        path: The final name; its parents are created.
-        prefix: Of the temporary name, in the same parent.
-
-    Raises:
-        OSError: The disk refuses, or `path` is a folder that is not empty.
-    """
-    building = path.with_name(f"{prefix}{path.name}-{uuid.uuid4().hex[:8]}")
-    building.mkdir(parents=True)
-    try:
-        # A file open for writing: NFS locks such a file on all machines, a folder only on one.
-        with (building / _LOCK).open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            yield building
-            (building / _LOCK).unlink()
-            sync_tree(building)
-            building.rename(path)
-        _sync(path.parent)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def delete_leftovers(parent: Path, prefix: str = ".building-") -> None:
-    """Deletes the temporary folders that killed processes have left in a folder."""
-    for building in parent.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError):  # in use, or gone by now
-            with (building / _LOCK).open("r+") as stream:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # One that was made this moment is not locked yet, but has nothing else in it.
-                is_leftover = len(list(building.iterdir())) > 1
-            if is_leftover:
-                shutil.rmtree(building)
-
-
-def sync_tree(folder: Path) -> None:
-    """Returns when a folder and everything below it is on the disk."""
-    for path in (*folder.rglob("*"), folder):
-        _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -71,10 +71,10 @@ def wait(setup: Setup) -> None:
 def build_flops(setup: Setup):
     from qloop.config.keys import LoraConfig, ModelConfig
     from qloop.model.flops import build_model_flops
-    from qloop.planning.meta_model import build_shapes
+    from qloop.planning.meta_model import build_meta_model
 
     config = ModelConfig(model_name=setup.model, training_method=setup.method)
-    return build_model_flops(build_shapes(config, LoraConfig(), setup.precision))
+    return build_model_flops(build_meta_model(config, LoraConfig(), setup.precision))
 
 
 def record(setup: Setup, started: float, targets: int, lengths: list[int]) -> Record:
@@ -231,7 +231,7 @@ def run_qloop(setup: Setup, **keys: str) -> list[Record]:
     from qloop.config.loading import load_config
     from qloop.distributed.stops import StopRequest
     from qloop.report.files import read_records
-    from qloop.run import assemble
+    from qloop.run import build_run
     from qloop.train import run_steps
 
     name = "model_name" if has_weights(setup) else "model_config_file"
@@ -255,16 +255,16 @@ def run_qloop(setup: Setup, **keys: str) -> list[Record]:
     }
     config = load_config(None, {key: str(value) for key, value in flags.items()}).config
     with StopRequest() as stop:
-        parts = assemble(config, [])
-        parts.checkpoints.save = lambda *_: None
-        run_steps(parts, stop)
+        run = build_run(config)
+        run.checkpoints.save = lambda *_: None
+        run_steps(run, stop)
     records = []
-    for step in read_records(parts.run.metrics):
+    for step in read_records(run.folder.directory.metrics):
         seconds = step["target_tokens"] / step["tokens_per_second"]
         flops = step["flops_per_second"] * seconds
         records.append(Record(seconds, step["target_tokens"], flops, step["peak_memory_bytes"]))
-    if parts.plan is not None:
-        planned.append(parts.plan.peak_bytes)
+    if run.built.plan is not None:
+        planned.append(run.built.plan.peak_bytes)
     return records
 
 

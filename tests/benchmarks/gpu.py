@@ -86,7 +86,7 @@ ROWS = {
 def write_base(folder: Path, size: str) -> Path:
     """Writes random weights in bf16, some gigabytes a file; each is a repeated random row."""
     from qloop.config.keys import ModelConfig
-    from qloop.planning.meta_model import build_shapes
+    from qloop.planning.meta_model import build_meta_model
 
     base = folder / size
     if base.exists():
@@ -110,7 +110,7 @@ def write_base(folder: Path, size: str) -> Path:
     (base / "config.json").write_text(json.dumps(config))
     from qloop.config.keys import LoraConfig
 
-    shapes = build_shapes(ModelConfig(model_name=str(base)), LoraConfig(), "bf16")
+    shapes = build_meta_model(ModelConfig(model_name=str(base)), LoraConfig(), "bf16")
     values = torch.randn(2**22, generator=torch.Generator().manual_seed(0)) * 0.02
     values = values.to(torch.bfloat16)
     files: list[dict[str, torch.Tensor]] = [{}]

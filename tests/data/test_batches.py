@@ -1,6 +1,5 @@
 """Batches: over an epoch each token is learned exactly once, from the tokens before it."""
 
-import doctest
 import threading
 from collections import Counter
 from typing import NamedTuple
@@ -11,14 +10,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import qloop.data.batches
 from qloop.data.batches import IGNORED, MicroBatch, StepReader, build_micro_batch, count_targets
-from qloop.data.packing import BlockIndex, pack_best_fit, pack_wrapped
+from qloop.data.packing import PACKINGS, BlockIndex, pack_best_fit
 from qloop.data.tokens import TokenStore
-from qloop.steps import block_ids_at
+from qloop.steps import StepLayout, block_ids_at
 
-PACKINGS = {"best_fit": pack_best_fit, "wrapped": pack_wrapped}
-both_packings = pytest.mark.parametrize("packing", ["best_fit", "wrapped"])
+both_packings = pytest.mark.parametrize("packing", PACKINGS)
 PADDING = 900_000
 """Stands in no document, unlike a real end token: so that padding is known when it is seen."""
 
@@ -319,7 +316,8 @@ def test_boundaries_are_where_slices_start(packing, shape, block_length):
 
 
 def read_by(index, store, num_ranks=2, rank=1):
-    return StepReader(store, index, 4, 4 // num_ranks, rank, num_ranks, seed=3, pins=False)
+    step = StepLayout(4, 4 // num_ranks)
+    return StepReader(store, index, step, rank=rank, num_ranks=num_ranks, seed=3, pins=False)
 
 
 def test_a_step_is_the_same_whether_it_was_read_ahead_or_asked_for():
@@ -345,7 +343,7 @@ def test_batches_are_pinned_for_the_gpu_of_their_rank(monkeypatch):
         MicroBatch, "pin", lambda batch: pinned.append(threading.get_ident()) or batch
     )
     store, index = build(MIXED, "best_fit", 4)
-    reader = StepReader(store, index, 4, 4, 0, 1, seed=3, pins=True)
+    reader = StepReader(store, index, StepLayout(4, 4), rank=0, num_ranks=1, seed=3, pins=True)
     reader.read(0)
     reader.read(4)
     reader.close()
@@ -365,62 +363,6 @@ def test_each_rank_knows_the_targets_of_all():
         reader.close()
 
 
-# Which blocks a step reads
-
-
-@given(
-    num_blocks=st.integers(1, 40),
-    step_blocks=st.integers(1, 60),
-    seed=st.integers(0, 2**32 - 1),
-    num_epochs=st.integers(1, 4),
-)
-@some_cases
-def test_every_epoch_is_a_permutation_of_all_blocks(num_blocks, step_blocks, seed, num_epochs):
-    num_steps = -(-num_blocks * num_epochs // step_blocks)
-    starts = range(0, num_steps * step_blocks, step_blocks)
-    ids = [block_ids_at(start, step_blocks, num_blocks, seed) for start in starts]
-    places = np.concatenate(ids)[: num_blocks * num_epochs].reshape(num_epochs, num_blocks)
-    assert (np.sort(places, axis=1) == np.arange(num_blocks)).all()
-
-
-@given(
-    steps=st.lists(st.integers(0, 1000), min_size=1, max_size=12),
-    num_blocks=st.integers(1, 40),
-    step_blocks=st.integers(1, 60),
-)
-@some_cases
-def test_a_steps_blocks_do_not_depend_on_what_was_asked_before(steps, num_blocks, step_blocks):
-    def ids_at(step: int) -> list[int]:
-        return block_ids_at(step * step_blocks, step_blocks, num_blocks, seed=7).tolist()
-
-    rising = {step: ids_at(step) for step in sorted(steps)}
-    assert [ids_at(step) for step in steps] == [rising[step] for step in steps]
-
-
-def test_the_answer_may_be_changed_without_changing_the_next():
-    first = block_ids_at(0, 4, 8, seed=1)
-    expected = first.tolist()
-    first[:] = -1
-    assert block_ids_at(0, 4, 8, seed=1).tolist() == expected
-
-
-def test_the_order_differs_between_epochs_and_seeds():
-    orders = {
-        tuple(block_ids_at(50 * epoch, 50, 50, seed).tolist())
-        for seed in range(5)
-        for epoch in range(5)
-    }
-    assert len(orders) == 25
-
-
-@given(num_blocks=st.integers(1, 40), one=st.integers(1, 12), two=st.integers(1, 12))
-@some_cases
-def test_the_order_of_blocks_does_not_depend_on_how_many_a_step_takes(num_blocks, one, two):
-    by_one = np.concatenate([block_ids_at(step * one, one, num_blocks, 3) for step in range(two)])
-    by_two = np.concatenate([block_ids_at(step * two, two, num_blocks, 3) for step in range(one)])
-    assert by_one.tolist() == by_two.tolist()
-
-
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_step_teaches_the_same_on_any_number_of_ranks(num_ranks, batch_size):
@@ -436,9 +378,3 @@ def test_a_step_teaches_the_same_on_any_number_of_ranks(num_ranks, batch_size):
         ]
         assert {micro_batch.input_ids.shape for micro_batch in micro_batches} == {(batch_size, 4)}
         assert targets_of(micro_batches) == targets_of([build_micro_batch(store, index, ids)])
-
-
-def test_the_examples_in_the_module_are_true():
-    results = doctest.testmod(qloop.data.batches)
-    assert results.attempted >= 2
-    assert results.failed == 0

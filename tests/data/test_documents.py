@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from qloop.data.documents import (
     list_source_files,
 )
 from qloop.errors import DataError
-from qloop.storage.folders import hash_files
 
 GOOD = b'{"text": "select from trade"}'
 
@@ -532,78 +530,3 @@ def test_the_content_hash_tells_prompt_from_text():
     contents = [("ab", "c"), ("b", "ca"), ("abc", ""), ("", "abc"), ("c", "ab")]
     hashes = {Document(text, prompt, "a.q").content_hash for text, prompt in contents}
     assert len(hashes) == 5
-
-
-@pytest.fixture
-def hashed(tmp_path: Path) -> Path:
-    folder = tmp_path / "corpus"
-    write_files(folder, ["a.q", "b.q", "deep/c.q"])
-    return folder
-
-
-def hash_folder(folder: Path) -> str:
-    return hash_files(list_source_files(folder))
-
-
-def test_the_hash_of_files_is_the_same_when_nothing_changed(hashed):
-    assert hash_folder(hashed) == hash_folder(hashed)
-
-
-def test_the_hash_of_files_changes_with_one_byte(hashed):
-    before = hash_folder(hashed)
-    (hashed / "deep" / "c.q").write_text("file:`deep/d.q\n")
-    assert hash_folder(hashed) != before
-
-
-def test_the_hash_of_files_changes_with_a_name(hashed):
-    before = hash_folder(hashed)
-    (hashed / "a.q").rename(hashed / "aa.q")
-    assert hash_folder(hashed) != before
-
-
-def test_the_hash_of_files_changes_when_a_file_changes_folder(hashed):
-    before = hash_folder(hashed)
-    (hashed / "b.q").rename(hashed / "deep" / "b.q")
-    assert hash_folder(hashed) != before
-
-
-def test_the_hash_of_files_changes_when_two_files_swap_their_content(hashed):
-    before = hash_folder(hashed)
-    (hashed / "a.q").rename(hashed / "swap")
-    (hashed / "b.q").rename(hashed / "a.q")
-    (hashed / "swap").rename(hashed / "b.q")
-    assert hash_folder(hashed) != before
-
-
-def test_the_hash_of_files_changes_with_an_added_file(hashed):
-    before = hash_folder(hashed)
-    (hashed / "d.q").write_text("")
-    assert hash_folder(hashed) != before
-
-
-def test_the_hash_of_files_stays_when_the_whole_folder_moves(hashed, tmp_path):
-    before = hash_folder(hashed)
-    shutil.move(hashed, tmp_path / "else" / "where")
-    assert hash_folder(tmp_path / "else" / "where") == before
-
-
-def test_the_hash_of_files_is_the_same_by_a_relative_path(hashed, monkeypatch):
-    before = hash_folder(hashed)
-    monkeypatch.chdir(hashed.parent)
-    assert hash_folder(Path("corpus")) == before
-    monkeypatch.chdir(hashed)
-    assert hash_folder(Path()) == before
-
-
-def test_links_and_pipes_can_stand_among_hashed_files(hashed):
-    before = hash_folder(hashed)
-    (hashed / "link.q").symlink_to("a.q")
-    os.mkfifo(hashed / "pipe.q")
-    assert hash_folder(hashed) != before
-
-
-def test_a_file_name_that_is_not_utf8_can_be_hashed(hashed):
-    before = hash_folder(hashed)
-    with open(os.fsencode(hashed) + b"/caf\xe9.q", "wb") as file:  # noqa: PTH123
-        file.write(b"a:1\n")
-    assert hash_folder(hashed) != before

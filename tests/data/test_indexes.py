@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import qloop.data.indexes
-from qloop.data.indexes import PACKINGS, load_index
-from qloop.data.packing import BlockIndex
+from qloop.data.indexes import load_index
+from qloop.data.packing import PACKINGS, BlockIndex
 from qloop.data.tokens import TokenStore
 
 LENGTHS = [5, 40, 3, 17, 9, 64, 2]
@@ -136,18 +136,20 @@ def test_an_index_of_another_packing_is_not_used(tmp_path, store, packed):
 
 
 def test_what_a_killed_process_left_is_deleted(tmp_path, store):
-    (tmp_path / ".building-index").mkdir()
-    (tmp_path / ".building-index/starts.npy").write_bytes(b"half")
+    leftover = tmp_path / ".building-index-1-best_fit-16-0123abcd"
+    leftover.mkdir()
+    (leftover / "in-use.lock").touch()
+    (leftover / "starts.npy").write_bytes(b"half")
     load_index(tmp_path, store, "best_fit", 16)
     assert names_in(tmp_path) == ["index-1-best_fit-16", "packing.lock"]
 
 
 def test_one_packs_while_the_others_wait_and_a_killed_one_lets_go(tmp_path, store):
     code = (
-        "import sys, time; from pathlib import Path; from qloop.data.indexes import _alone\n"
-        "with _alone(Path(sys.argv[1])): print('locked', flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from qloop.storage.folders import file_lock\n"
+        "with file_lock(Path(sys.argv[1])): print('locked', flush=True); time.sleep(600)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]
+    command = [sys.executable, "-c", code, str(tmp_path / "packing.lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as packing:
         try:
             assert packing.stdout.readline() == b"locked\n"

@@ -6,14 +6,24 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from workspace import Workspace
 
-from qloop.debug.profiling import PHASES, _PhaseClock, profile, refuse_trace
+from qloop.debug.profiling import (
+    PHASES,
+    _PhaseClock,
+    count_waits,
+    measure_steps,
+    profile,
+    refuse_trace,
+)
 from qloop.errors import ConfigError, DataError
+from qloop.run import build_run
+from qloop.train import make_step
 
 
 def run_profile(config, folder: Path, steps: int = 2) -> list[str]:
@@ -90,7 +100,6 @@ def test_compiled_layers_have_all_phases_too(make_config, tmp_path):
     lines = run_profile(make_config(compile="true"), tmp_path, steps=1)
     phases = read_phases(lines)
     assert all(phases[name] > 0 for name in ("forward", "head, loss", "backward", "update"))
-    assert "  nowhere" in lines  # the loop's one read is a copy, and on a CPU there is none
 
 
 def test_logits_in_whole_have_a_loss_phase_too(make_config, tmp_path):
@@ -108,21 +117,32 @@ def test_a_clock_counts_every_moment_once(monkeypatch):
     assert clock.seconds == {"other": 1.0, "fetch": 3.0 + 3.5, "forward": 0.5}
 
 
-def test_each_place_where_a_value_is_read_is_named(make_config, tmp_path, monkeypatch):
-    from qloop.distributed.engine import Engine
+def test_each_place_that_waits_for_the_gpu_is_counted(monkeypatch):
+    """CUDA's debug mode warns at each wait; here the step warns in its place."""
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
 
-    clip = Engine.clip_gradients
+    def step() -> None:
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
 
-    def clip_and_look(self, limit, norm):
-        float(norm)
-        float(norm)
-        clip(self, limit, norm)
+    counts = count_waits(step)
+    assert sorted(counts.values()) == [1, 3]
+    assert all(re.fullmatch(r"debug/test_profiling\.py:\d+", place) for place in counts)
+    assert modes == ["warn", "default"]
+    with pytest.raises(ZeroDivisionError):
+        count_waits(lambda: 1 / 0)
+    assert modes == ["warn", "default"] * 2
 
-    monkeypatch.setattr(Engine, "clip_gradients", clip_and_look)
-    lines = run_profile(make_config(), tmp_path)
-    places = [line for line in lines if "in clip_and_look" in line]
-    assert len(places) == 2  # two lines, each read once a step
-    assert all(re.match(r"       1 x  tests/test_profiling.py:\d+ in", line) for line in places)
+
+def test_the_marks_on_a_run_end_with_the_profile(make_config):
+    run = build_run(make_config())
+    measure_steps(run, 1)
+    assert not {"backward", "step"} & vars(run.engine).keys()
+    assert make_step(run).step == 3 + 1 + 2 + 1
+    run.close()
 
 
 def test_steps_before_the_end_of_a_run_are_enough_however_short_it_is(make_config, tmp_path):

@@ -43,14 +43,14 @@ def at_step(function: Callable, change: Callable, micro_batches: int = 4) -> Cal
 
 
 def change_losses(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    choose_loss = qloop.run.choose_loss
+    build_target_loss = qloop.run.build_target_loss
 
-    def choose_spoilt(*values, **keys):
-        loss = choose_loss(*values, **keys)
+    def build_spoilt(*values, **keys):
+        loss = build_target_loss(*values, **keys)
         loss.sum = at_step(loss.sum, change)
         return loss
 
-    qloop.run.choose_loss = choose_spoilt
+    qloop.run.build_target_loss = build_spoilt
 
 
 def nan_loss() -> None:

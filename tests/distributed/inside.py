@@ -32,7 +32,7 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     flags, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     config = load_config(None, flags).config
-    accelerator = build_accelerator(config)
+    accelerator = build_accelerator(config.model, config.batch, config.optimizer)
     assert accelerator.num_processes == 2
     precision = choose_precision(config.model.precision, accelerator.device)
     before = resident_bytes()
@@ -47,7 +47,7 @@ def main() -> None:
     )
     built = resident_bytes() - before
     size = sum(parameter.nbytes for parameter in model.parameters())
-    engine = build_engine(accelerator, model, config, 1)
+    engine = build_engine(accelerator, model, config.optimizer, 1)
     del model
     parameters = dict(engine.unwrapped.named_parameters())
     four_bits = [p for n, p in parameters.items() if n.endswith("base_layer.weight")]

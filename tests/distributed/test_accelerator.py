@@ -14,7 +14,7 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
 )
 
-from qloop.config.keys import Config
+from qloop.config.keys import BatchConfig, ModelConfig, OptimizerConfig
 from qloop.config.loading import load_config
 from qloop.distributed.accelerator import (
     _refuse_optimizer,
@@ -22,17 +22,22 @@ from qloop.distributed.accelerator import (
     _set_up_deepspeed,
     _set_up_fsdp,
     build_accelerator,
-    describe_engine,
+    name_engine,
     reads_weights,
 )
 from qloop.errors import ConfigError
-from qloop.run import assemble
+from qloop.run import build_run
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
 
-def config(**keys: str) -> Config:
-    return load_config(None, keys).config
+def model(**keys: str) -> ModelConfig:
+    return load_config(None, keys).config.model
+
+
+def sections(**keys: str) -> tuple[ModelConfig, BatchConfig, OptimizerConfig]:
+    config = load_config(None, keys).config
+    return config.model, config.batch, config.optimizer
 
 
 @pytest.mark.parametrize(
@@ -56,14 +61,14 @@ def test_an_engine_for_gpus_is_refused_where_there_is_none(tmp_path, file, engin
         text=True,
         check=False,
     )
-    assert f"{engine} was asked for, but needs GPUs, and none is here; launch with" in done.stderr
+    assert f"{engine} needs GPUs, and this machine has none; launch with" in done.stderr
     assert "exitcode  : 78" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_one_process_has_no_engine_by_name_and_reads_the_weights():
-    accelerator = build_accelerator(config())
-    assert describe_engine(accelerator) == ""
+    accelerator = build_accelerator(*sections())
+    assert name_engine(accelerator) == "ddp"
     assert reads_weights(accelerator)
 
 
@@ -117,14 +122,15 @@ def test_a_paged_optimizer_is_refused_on_a_cpu_before_anything_is_read(tmp_path)
 
 
 def test_a_matrix_of_fewer_rows_than_ranks_is_refused_by_name_under_muon(make_config):
-    parts = assemble(make_config(), [])
-    parts.close()
-    _refuse_thin_matrices(parts.model, "muon", 16)
-    _refuse_thin_matrices(parts.model, "adamw", 17)
+    run = build_run(make_config())
+    run.close()
+    _refuse_thin_matrices(run.model, "muon", 16)
+    _refuse_thin_matrices(run.model, "adamw", 17)
     with pytest.raises(
-        ConfigError, match=r"cannot cut model\.layers\.0\.self_attn\.k_proj\.weight"
+        ConfigError,
+        match=r"cannot divide the 16 rows of model\.layers\.0\.self_attn\.k_proj\.weight",
     ):
-        _refuse_thin_matrices(parts.model, "muon", 17)
+        _refuse_thin_matrices(run.model, "muon", 17)
 
 
 def of_fsdp(**keys) -> SimpleNamespace:
@@ -134,20 +140,20 @@ def of_fsdp(**keys) -> SimpleNamespace:
 
 def test_only_the_second_version_of_fsdp_is_taken():
     with pytest.raises(ConfigError, match="fsdp_version is 1"):
-        _set_up_fsdp(of_fsdp(fsdp_version=1), config())
+        _set_up_fsdp(of_fsdp(fsdp_version=1), model())
 
 
 def test_recomputing_twice_is_refused():
     with pytest.raises(ConfigError, match="turn one of them off"):
-        _set_up_fsdp(of_fsdp(activation_checkpointing=True), config(gradient_checkpointing="full"))
+        _set_up_fsdp(of_fsdp(activation_checkpointing=True), model(gradient_checkpointing="full"))
     for mode in ("off", "auto"):
-        _set_up_fsdp(of_fsdp(activation_checkpointing=True), config(gradient_checkpointing=mode))
+        _set_up_fsdp(of_fsdp(activation_checkpointing=True), model(gradient_checkpointing=mode))
 
 
 def test_fsdp_sums_gradients_in_fp32():
     accelerator = of_fsdp()
     accelerator.mixed_precision = "bf16"
-    _set_up_fsdp(accelerator, config())
+    _set_up_fsdp(accelerator, model())
     policy = accelerator.state.fsdp_plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
 
@@ -161,7 +167,7 @@ def of_deepspeed(**keys) -> SimpleNamespace:
 def test_deepspeed_is_told_what_qloop_knows():
     accelerator = of_deepspeed()
     accelerator.mixed_precision = "bf16"
-    _set_up_deepspeed(accelerator, config(batch_size="3", max_grad_norm="0.7"))
+    _set_up_deepspeed(accelerator, *sections(batch_size="3", max_grad_norm="0.7"))
     told = accelerator.state.deepspeed_plugin.deepspeed_config
     assert told["train_micro_batch_size_per_gpu"] == 3
     assert told["gradient_clipping"] == 0.7
@@ -180,20 +186,20 @@ def test_deepspeed_is_told_what_qloop_knows():
 )
 def test_a_deepspeed_config_that_contradicts_qloop_is_refused(keys, message):
     with pytest.raises(ConfigError, match=message):
-        _set_up_deepspeed(of_deepspeed(**keys), config())
+        _set_up_deepspeed(of_deepspeed(**keys), *sections())
 
 
 def test_selective_recomputation_is_refused_under_zero_3_only():
     """It would find weights that were gathered in the forward pass missing in the backward."""
-    selective = config(gradient_checkpointing="selective")
-    _set_up_deepspeed(of_deepspeed(), selective)
+    selective = sections(gradient_checkpointing="selective")
+    _set_up_deepspeed(of_deepspeed(), *selective)
     with pytest.raises(ConfigError, match="selective does not run under ZeRO-3"):
-        _set_up_deepspeed(of_deepspeed(zero_optimization={"stage": 3}), selective)
+        _set_up_deepspeed(of_deepspeed(zero_optimization={"stage": 3}), *selective)
 
 
 def test_qlora_is_refused_under_deepspeed():
     with pytest.raises(ConfigError, match="qlora does not run under DeepSpeed"):
-        _set_up_deepspeed(of_deepspeed(), config(training_method="qlora"))
+        _set_up_deepspeed(of_deepspeed(), *sections(training_method="qlora"))
 
 
 def test_a_missing_deepspeed_ends_in_a_message(monkeypatch):
@@ -202,4 +208,4 @@ def test_a_missing_deepspeed_ends_in_a_message(monkeypatch):
 
     monkeypatch.setattr("qloop.distributed.accelerator.Accelerator", lacks)
     with pytest.raises(ConfigError, match=r"DeepSpeed is not installed; install it \(pip install"):
-        build_accelerator(config())
+        build_accelerator(*sections())

@@ -1,4 +1,4 @@
-"""What only a GPU can show: its kernels beside the references, compiling, and whole runs in bf16.
+"""What only a GPU can show: its kernels against the references, compiling, and whole runs in bf16.
 
 pytest -m gpu -n 0 tests
 """
@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
 from layouts import LAYOUTS, boundaries_of, draw, reference
 from workspace import Workspace, reset_accelerate, write_model_config
 
@@ -16,9 +15,9 @@ from qloop.data.batches import IGNORED, MicroBatch
 from qloop.debug.profiling import profile
 from qloop.model.attention import DOCUMENTS, attend_to_documents
 from qloop.model.build import build_model
-from qloop.model.linear_loss import LinearTargetLoss, fused_slopes
-from qloop.model.loss import CHUNK_ELEMENTS, TargetLoss, _count_rows
-from qloop.run import assemble
+from qloop.model.linear_loss import LinearTargetLoss, fused_grad_logits
+from qloop.model.loss import CHUNK_ELEMENTS, TargetLoss, count_rows
+from qloop.run import build_run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,9 +51,9 @@ def test_attention_is_the_block_diagonal_reference(layout, num_heads, key_heads,
     )  # fmt: skip
     expected = reference(layout, *inputs, window)
     assert distance(attended, expected) < 1e-2
-    slopes = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2)).double()
-    mine = torch.autograd.grad(attended, there, slopes.to(GPU, torch.bfloat16))
-    wanted = torch.autograd.grad(expected, inputs, slopes)
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2)).double()
+    mine = torch.autograd.grad(attended, there, grad.to(GPU, torch.bfloat16))
+    wanted = torch.autograd.grad(expected, inputs, grad)
     for one, other in zip(mine, wanted, strict=True):
         if other.norm() < 1e-6:  # where every token sees itself alone, scores do not matter
             assert one.abs().max() < 0.1
@@ -62,14 +61,10 @@ def test_attention_is_the_block_diagonal_reference(layout, num_heads, key_heads,
             assert distance(one, other) < 2e-2
 
 
-@pytest.mark.parametrize("kind", ["logits", "chunked", "fused", "torch", "liger"])
+@pytest.mark.parametrize("kind", ["logits", "chunked", "fused"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_loss_is_that_of_all_logits_in_fp32(tmp_path, kind, tied, monkeypatch):
     monkeypatch.setitem(CHUNK_ELEMENTS, "fused", 2**22)  # 4 chunks
-    if kind == "torch" and not hasattr(F, "linear_cross_entropy"):
-        pytest.skip("torch has none before 2.13")
-    if kind == "liger":
-        pytest.importorskip("liger_kernel")
     file = write_model_config(
         tmp_path, vocab_size=8192, initializer_range=0.1, tie_word_embeddings=tied
     )
@@ -146,21 +141,21 @@ def test_a_step_reads_values_in_one_place(workspace, method, tmp_path):
 
 def test_the_model_attends_by_documents_and_learns(workspace):
     reset_accelerate()
-    parts = assemble(workspace.make_config(), [])
-    assert parts.engine.unwrapped.config._attn_implementation == DOCUMENTS
-    parts.close()
+    run = build_run(workspace.make_config())
+    assert run.engine.unwrapped.config._attn_implementation == DOCUMENTS
+    run.close()
     losses = workspace.losses("learns", max_steps=20, warmup_steps=2)
     assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_vocabulary_of_152_thousand_at_8_thousand_tokens_takes_less_than_a_gigabyte(trained):
-    """Beside the gradients; all logits and theirs would be 10 GB and more."""
+    """Without the gradients; all logits and theirs would be 10 GB and more."""
     hidden = torch.randn(8192, 896, device=GPU, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(152_064, 896, device=GPU, requires_grad=trained)
     labels = torch.randint(152_064, (8192,), device=GPU)
-    rows = _count_rows(152_064, "cuda", is_fused=True)
-    types = (torch.bfloat16, fused_slopes)
+    rows = count_rows(152_064, "cuda", is_fused=True)
+    types = (torch.bfloat16, fused_grad_logits)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     LinearTargetLoss.apply(hidden, weight, None, labels, rows, *types).backward()

@@ -5,6 +5,7 @@ from collections import Counter
 import bitsandbytes  # noqa: F401  (registers its operators)
 import pytest
 import torch
+from references import next_token_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 from workspace import write_model_config
@@ -15,7 +16,6 @@ from qloop.errors import ConfigError
 from qloop.model.activations import choose_policy, find_layers, set_recomputation
 from qloop.model.attention import attention_inputs
 from qloop.model.build import build_model
-from qloop.model.loss import next_token_loss
 
 CPU = torch.device("cpu")
 MODES = ("off", "selective", "full")
@@ -168,6 +168,6 @@ def test_names_stay_as_they_are(tmp_path):
 
 
 def test_a_model_that_does_not_tell_its_layers_is_refused():
-    with pytest.raises(ConfigError, match="gradient_checkpointing: full needs to know"):
+    with pytest.raises(ConfigError, match="gradient_checkpointing: full needs the model's layers"):
         set_recomputation(torch.nn.Linear(2, 2), "full")
     set_recomputation(torch.nn.Linear(2, 2), "off")

@@ -13,14 +13,15 @@ from qloop.data.batches import MicroBatch
 from qloop.errors import ConfigError
 from qloop.model.attention import (
     DOCUMENTS,
+    AttentionChoice,
     _attend_by_torch,
     attend_to_documents,
     attention_inputs,
+    choose,
     own_attention,
-    why_not_documents,
 )
 from qloop.model.build import build_model
-from qloop.model.isolation import choose_attention
+from qloop.model.isolation import Isolation, set_attention
 from qloop.model.loss import compute_logits
 
 CPU = torch.device("cpu")
@@ -77,7 +78,7 @@ def test_a_mask_dropout_or_no_boundaries_are_errors():
         (None, {"cu_seq_lens_q": boundaries, "dropout": 0.1}),
         (None, {}),
     ):
-        with pytest.raises(ValueError, match="no mask, dropout"):
+        with pytest.raises(ValueError, match="supports no mask"):
             attend_to_documents(torch.nn.Module(), *inputs, mask, **options)
 
 
@@ -145,11 +146,17 @@ def build(folder, model_type="qwen2", **keys):
     return build_model(config, LoraConfig(), "fp32", CPU, seed=0)
 
 
+def choose_and_set(model, wanted: str) -> tuple[AttentionChoice, Isolation]:
+    choice = choose(wanted, model, device_type="cpu", precision="fp32")
+    is_wanted = wanted == DOCUMENTS
+    return set_attention(model, choice, is_wanted=is_wanted, precision="fp32", vocabulary_size=1024)
+
+
 def test_auto_chooses_documents_and_a_name_is_obeyed(tmp_path):
     for wanted, chosen in (("auto", DOCUMENTS), (DOCUMENTS, DOCUMENTS), ("sdpa", "sdpa")):
         model = build(tmp_path)
-        isolation, name = choose_attention(model, wanted, CPU, "fp32", 1024)
-        assert name == chosen == model.config._attn_implementation
+        choice, isolation = choose_and_set(model, wanted)
+        assert choice.name == chosen == model.config._attn_implementation
         assert isolation.swapped <= 1e-6
 
 
@@ -158,25 +165,47 @@ def test_auto_chooses_documents_and_a_name_is_obeyed(tmp_path):
     [
         ("gpt2", {}, "drops attention weights"),
         ("gemma2", {"head_dim": 16}, "softcap"),
-        ("gpt_neo", {"num_layers": 2, "attention_types": [[["global"], 2]]}, "none but its own"),
+        (
+            "gpt_neo",
+            {"num_layers": 2, "attention_types": [[["global"], 2]]},
+            "no attention but its own",
+        ),
     ],
 )
 def test_a_model_that_asks_for_more_keeps_its_own_and_says_why(tmp_path, model_type, keys, reason):
     model = build(tmp_path, model_type, **keys)
     own = model.config._attn_implementation
-    _, name = choose_attention(model, "auto", CPU, "fp32", 1024)
-    assert model.config._attn_implementation == own
-    assert name.startswith(f"{own}, as ")
-    assert reason in name
-    with pytest.raises(ConfigError, match=f"attention: documents is not for this run.*{reason}"):
-        choose_attention(model, DOCUMENTS, CPU, "fp32", 1024)
+    choice, _ = choose_and_set(model, "auto")
+    assert model.config._attn_implementation == own == choice.name
+    assert reason in choice.reason
+    with pytest.raises(ConfigError, match=f"attention: documents cannot be used here.*{reason}"):
+        choose_and_set(model, DOCUMENTS)
+
+
+def test_a_model_that_fails_the_check_keeps_its_own_unless_documents_is_wanted(tmp_path):
+    """Its layer passes an argument that changes the result, which its config does not show."""
+    model = build(tmp_path)
+    attend = model.model.layers[0].self_attn.forward
+
+    def with_sinks(*values, **keys):
+        return attend(*values, s_aux=torch.zeros(2), **keys)
+
+    model.model.layers[0].self_attn.forward = with_sinks
+    choice, isolation = choose_and_set(model, "auto")
+    assert choice.name == model.config._attn_implementation == "sdpa"
+    assert "s_aux" in choice.reason
+    assert isolation.swapped <= 1e-6
+    with pytest.raises(ConfigError, match=r"attention: documents cannot be used here.*s_aux"):
+        choose_and_set(model, DOCUMENTS)
 
 
 def test_a_gpu_without_bf16_and_other_devices_keep_their_own(tmp_path):
     model = build(tmp_path)
-    assert why_not_documents(model, torch.device("cuda"), "bf16") is None
-    assert "bf16" in why_not_documents(model, torch.device("cuda"), "fp32")
-    assert "mps" in why_not_documents(model, torch.device("mps"), "fp32")
+    assert choose("auto", model, device_type="cuda", precision="bf16") == (DOCUMENTS, "")
+    for device_type, reason in (("cuda", "bf16"), ("mps", "mps")):
+        choice = choose("auto", model, device_type=device_type, precision="fp32")
+        assert choice.name == "sdpa"
+        assert reason in choice.reason
 
 
 def test_generating_goes_by_the_models_own_attention_and_back(tmp_path):

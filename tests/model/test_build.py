@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from references import next_token_loss, predict
 from safetensors.torch import load_file, save_file
 from workspace import ARCHITECTURES, write_model_config
 
@@ -26,7 +27,7 @@ from qloop.hardware import choose_precision
 from qloop.model.activations import set_recomputation
 from qloop.model.build import build_model
 from qloop.model.isolation import check_isolation, measure_isolation
-from qloop.model.loss import compute_logits, next_token_loss, predict
+from qloop.model.loss import compute_logits
 from qloop.model.pretrained import check_sizes, load_model_config, load_tokenizer
 from qloop.model.state import count_parameters, fingerprint_weights
 

@@ -5,16 +5,14 @@ import functools
 import pytest
 import torch
 import torch._dynamo
-from accelerate import Accelerator
+from transformers.modeling_layers import GradientCheckpointingLayer
 from workspace import Workspace, reset_accelerate
 
-import qloop.warmup
-from qloop.config.keys import ModelConfig
+import qloop.model.compilation
 from qloop.errors import ConfigError
 from qloop.model.activations import find_layers
-from qloop.model.compilation import compile_layers, count_compilations
-from qloop.run import assemble
-from qloop.warmup import compiles
+from qloop.model.compilation import choose, compile_layers, count_compilations
+from qloop.run import build_run
 
 
 @pytest.fixture
@@ -35,7 +33,7 @@ def _fresh():
 def test_a_compiled_run_has_the_losses_of_one_that_is_not(workspace, monkeypatch, method, mode):
     """The graphs are made and differentiated, but not turned into C++, which takes long."""
     by_eager = functools.partial(compile_layers, backend="aot_eager")
-    monkeypatch.setattr(qloop.warmup, "compile_layers", by_eager)
+    monkeypatch.setattr(qloop.model.compilation, "compile_layers", by_eager)
     keys = {**workspace.method_keys(method), "gradient_checkpointing": mode, "max_steps": 4}
     if method == "lora":
         keys["lora_dropout"] = 0.0  # compiled code draws other random numbers
@@ -52,9 +50,9 @@ def test_nothing_is_compiled_after_the_first_step_has_begun(workspace):
     compiled = workspace.losses_compiled_once("compiled", **keys)
     assert compiled == pytest.approx(workspace.losses("plain", **keys))
     reset_accelerate()
-    parts = assemble(workspace.make_config(experiment_name="plain", **keys), [])
-    steps = [parts.reader.read(2 * step).micro_batches[0] for step in range(12)]
-    parts.close()
+    run = build_run(workspace.make_config(experiment_name="plain", **keys))
+    steps = [run.batches.read(2 * step).micro_batches[0] for step in range(12)]
+    run.close()
     assert len({len(micro_batch.boundaries) for micro_batch in steps}) > 1
 
 
@@ -67,8 +65,8 @@ def test_where_nothing_can_be_compiled_auto_goes_on_and_true_ends(workspace, mon
             layer._compiled_call_impl = fail
 
     plain = workspace.losses("plain", max_steps=3)
-    monkeypatch.setattr(qloop.warmup, "compile_layers", break_layers)
-    monkeypatch.setattr(qloop.run, "compiles", lambda *_: True)
+    monkeypatch.setattr(qloop.model.compilation, "compile_layers", break_layers)
+    monkeypatch.setattr(qloop.model.compilation, "choose", lambda *_, **__: True)
     assert workspace.losses("broken", max_steps=3) == plain
     log = (workspace.folder / "output/broken/logs/training_log.txt").read_text()
     assert "compiled   nothing: compile: the layers cannot be compiled: no working C++" in log
@@ -76,30 +74,30 @@ def test_where_nothing_can_be_compiled_auto_goes_on_and_true_ends(workspace, mon
         workspace.losses("wanted", max_steps=3, compile="true")
 
 
-class OnGpu:
-    """An engine and an accelerator, as far as the choice looks at them."""
-
-    def __init__(self, model) -> None:
-        self.unwrapped = model
-        self.device = torch.device("cuda")
-        self.distributed_type = Accelerator(cpu=True).distributed_type
+def on(device_type: str, wanted: str | bool = "auto", model=None, **keys) -> bool:
+    model = model or torch.nn.ModuleList([GradientCheckpointingLayer()])
+    keys = {"engine": "ddp", "offloads": False, "micro_batches": 500, **keys}
+    return choose(wanted, model, device_type=device_type, **keys)
 
 
-def test_auto_compiles_long_runs_on_a_gpu_only(workspace):
-    parts = assemble(workspace.make_config(), [])
-    gpu = OnGpu(parts.engine.unwrapped)
-    assert compiles(ModelConfig(), gpu, gpu, 500)
-    assert not compiles(ModelConfig(), gpu, gpu, 20)
-    assert not compiles(ModelConfig(compile=False), gpu, gpu, 500)
-    assert compiles(ModelConfig(training_method="qlora"), gpu, gpu, 500)
-    assert not compiles(ModelConfig(offload_activations=True), gpu, gpu, 500)
-    assert not compiles(ModelConfig(), parts.accelerator, parts.engine, 500)
-    assert compiles(ModelConfig(compile=True), parts.accelerator, parts.engine, 1)
-    parts.close()
+def test_auto_compiles_long_runs_on_a_gpu_only():
+    assert on("cuda")
+    assert not on("cuda", micro_batches=20)
+    assert not on("cuda", False)
+    assert not on("cuda", offloads=True)
+    assert not on("cpu")
+    assert on("cpu", True, micro_batches=1)
 
 
-def test_a_model_that_does_not_tell_its_layers_cannot_be_asked_to(workspace):
-    gpu = OnGpu(torch.nn.Linear(2, 2))
-    assert not compiles(ModelConfig(), gpu, gpu, 500)
-    with pytest.raises(ConfigError, match="compile: Linear does not say what its layers are"):
-        compiles(ModelConfig(compile=True), gpu, gpu, 500)
+@pytest.mark.parametrize(
+    ("model", "engine", "reason"),
+    [
+        (torch.nn.Linear(2, 2), "ddp", "Linear does not mark its layers"),
+        (None, "zero2", "DeepSpeed changes the layers while they run"),
+        (None, "zero3", "DeepSpeed changes the layers while they run"),
+    ],
+)
+def test_where_it_is_impossible_auto_does_not_and_true_is_refused(model, engine, reason):
+    assert not on("cuda", model=model, engine=engine)
+    with pytest.raises(ConfigError, match=f"compile: {reason}"):
+        on("cuda", True, model=model, engine=engine)

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from references import next_token_loss, predict
+from transformers import PreTrainedConfig
 from workspace import write_model_config
 
 import qloop.model.linear_loss
@@ -18,16 +20,10 @@ from qloop.data.batches import IGNORED, MicroBatch
 from qloop.errors import ConfigError
 from qloop.model.build import build_model
 from qloop.model.compilation import count_compilations
-from qloop.model.linear_loss import fused_slopes, softmax_slopes
-from qloop.model.loss import (
-    TargetLoss,
-    _divide,
-    choose_kind,
-    choose_loss,
-    compute_logits,
-    next_token_loss,
-    predict,
-)
+from qloop.model.linear_loss import divide_evenly, fused_grad_logits, softmax_grad_logits
+from qloop.model.loss import Prediction, TargetLoss, build_target_loss, choose, compute_logits
+
+CPU = torch.device("cpu")
 
 
 class Bigrams(torch.nn.Module):
@@ -36,6 +32,7 @@ class Bigrams(torch.nn.Module):
     def __init__(self, table: list[list[float]] | torch.Tensor, dtype=torch.float32) -> None:
         super().__init__()
         self.table = torch.nn.Parameter(torch.as_tensor(table).to(dtype))
+        self.config = PreTrainedConfig(vocab_size=len(self.table))
 
     def forward(self, input_ids, position_ids, use_cache):
         return SimpleNamespace(logits=self.table[input_ids])
@@ -75,13 +72,21 @@ def rows_of(micro_batch: MicroBatch, rows: slice) -> MicroBatch:
     )
 
 
-# next_token_loss
+def sum_loss(model: Bigrams, micro_batch: MicroBatch) -> torch.Tensor:
+    return TargetLoss(model, "logits", "cpu").sum(model, micro_batch)
+
+
+def predict_all(model: Bigrams, micro_batch: MicroBatch) -> Prediction:
+    return TargetLoss(model, "logits", "cpu").predict(model, micro_batch)
+
+
+# All logits at once
 
 
 def test_the_loss_of_a_case_by_hand():
     """Shares 2/4, 3/8 and 6/8 of the targets: nats ln 2 + ln(8/3) + ln(4/3) = ln(64/9)."""
     micro_batch = micro_batch_of([[0, 1, 2]], [[2, 1, 0]])
-    loss = next_token_loss(build_bigrams(), micro_batch)
+    loss = sum_loss(build_bigrams(), micro_batch)
     assert loss.item() == pytest.approx(math.log(64 / 9), rel=1e-6)
 
 
@@ -89,20 +94,20 @@ def test_the_loss_is_torchs_cross_entropy_summed():
     model, micro_batch = draw_bigrams(), draw_micro_batch()
     logits = model.table[micro_batch.input_ids].flatten(0, 1)
     expected = F.cross_entropy(logits, micro_batch.labels.flatten(), reduction="sum")
-    assert next_token_loss(model, micro_batch).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sum_loss(model, micro_batch).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_the_loss_is_a_sum_and_not_a_mean():
     once = micro_batch_of([[0, 1, 2]], [[2, 1, 0]])
     twice = micro_batch_of([[0, 1, 2]] * 2, [[2, 1, 0]] * 2)
-    loss = next_token_loss(build_bigrams(), once).item()
-    assert next_token_loss(build_bigrams(), twice).item() == pytest.approx(2 * loss, rel=1e-6)
+    loss = sum_loss(build_bigrams(), once).item()
+    assert sum_loss(build_bigrams(), twice).item() == pytest.approx(2 * loss, rel=1e-6)
 
 
 def test_labels_are_not_shifted_again():
     """After 1 the odds of 2 are 4/8; a second shift would ask for 2 after 0, or for nothing."""
     micro_batch = micro_batch_of([[0, 1]], [[IGNORED, 2]])
-    loss = next_token_loss(build_bigrams(), micro_batch)
+    loss = sum_loss(build_bigrams(), micro_batch)
     assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
 
 
@@ -110,19 +115,19 @@ def test_what_stands_where_there_is_no_label_does_not_matter():
     one = micro_batch_of([[0, 1, 2, 0]], [[2, IGNORED, 0, IGNORED]])
     other = micro_batch_of([[0, 0, 2, 1]], [[2, IGNORED, 0, IGNORED]])
     model = build_bigrams()
-    assert torch.equal(next_token_loss(model, one), next_token_loss(model, other))
+    assert torch.equal(sum_loss(model, one), sum_loss(model, other))
 
 
 def test_no_gradient_comes_from_where_there_is_no_label():
     """Token 1 is read, but nothing is to be predicted from it."""
     model = build_bigrams()
-    next_token_loss(model, micro_batch_of([[0, 1, 2]], [[2, IGNORED, 0]])).backward()
+    sum_loss(model, micro_batch_of([[0, 1, 2]], [[2, IGNORED, 0]])).backward()
     assert (model.table.grad != 0).any(dim=1).tolist() == [True, False, True]
 
 
 def test_a_micro_batch_without_targets_has_loss_zero_and_gradients_zero():
     model = build_bigrams()
-    loss = next_token_loss(model, micro_batch_of([[0, 1, 2]], [[IGNORED] * 3]))
+    loss = sum_loss(model, micro_batch_of([[0, 1, 2]], [[IGNORED] * 3]))
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(model.table.grad, torch.zeros(3, 3))
@@ -132,23 +137,23 @@ def test_a_micro_batch_without_targets_has_loss_zero_and_gradients_zero():
 def test_the_loss_does_not_depend_on_how_a_batch_is_split(rows):
     model, micro_batch = draw_bigrams(), draw_micro_batch(rows=6)
     parts = [rows_of(micro_batch, slice(first, first + rows)) for first in range(0, 6, rows)]
-    total = sum(next_token_loss(model, part).item() for part in parts)
-    assert total == pytest.approx(next_token_loss(model, micro_batch).item(), rel=1e-6)
+    total = sum(sum_loss(model, part).item() for part in parts)
+    assert total == pytest.approx(sum_loss(model, micro_batch).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_the_gradient_does_not_depend_on_how_a_batch_is_split(rows):
     whole, split, micro_batch = draw_bigrams(), draw_bigrams(), draw_micro_batch(rows=6)
-    next_token_loss(whole, micro_batch).backward()
+    sum_loss(whole, micro_batch).backward()
     for first in range(0, 6, rows):
-        next_token_loss(split, rows_of(micro_batch, slice(first, first + rows))).backward()
+        sum_loss(split, rows_of(micro_batch, slice(first, first + rows))).backward()
     torch.testing.assert_close(split.table.grad, whole.table.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_a_certain_model_has_no_loss_and_a_certainly_wrong_one_a_finite_loss():
     model = Bigrams([[0.0, 1e4], [0.0, 1e4]])
-    assert next_token_loss(model, micro_batch_of([[0, 1]], [[1, 1]])).item() == 0.0
-    assert next_token_loss(model, micro_batch_of([[0, 1]], [[0, 0]])).item() == 2e4
+    assert sum_loss(model, micro_batch_of([[0, 1]], [[1, 1]])).item() == 0.0
+    assert sum_loss(model, micro_batch_of([[0, 1]], [[0, 0]])).item() == 2e4
 
 
 def test_a_bf16_models_loss_is_computed_in_float32():
@@ -156,31 +161,31 @@ def test_a_bf16_models_loss_is_computed_in_float32():
     micro_batch = micro_batch_of([[0, 1, 2]], [[2, 1, 0]])
     assert compute_logits(model, micro_batch).dtype == torch.float32
     expected = F.cross_entropy(model.table.float(), torch.tensor([2, 1, 0]), reduction="sum")
-    assert next_token_loss(model, micro_batch).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sum_loss(model, micro_batch).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-# predict
+# Predictions from all logits
 
 
 def test_predict_sums_the_same_loss():
     model, micro_batch = draw_bigrams(), draw_micro_batch()
-    expected = next_token_loss(model, micro_batch).item()
-    assert predict(model, micro_batch).loss_sum.item() == pytest.approx(expected, rel=1e-6)
+    expected = sum_loss(model, micro_batch).item()
+    assert predict_all(model, micro_batch).loss_sum.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_predict_sums_in_float64():
-    assert predict(draw_bigrams(), draw_micro_batch()).loss_sum.dtype == torch.float64
+    assert predict_all(draw_bigrams(), draw_micro_batch()).loss_sum.dtype == torch.float64
 
 
 def test_right_answers_by_hand():
     """The likeliest after 0 and 1 is 2, after 2 it is 0: right, wrong, right, no target."""
     micro_batch = micro_batch_of([[0, 1, 2, 0]], [[2, 1, 0, IGNORED]])
-    assert int(predict(build_bigrams(), micro_batch).correct) == 2
+    assert int(predict_all(build_bigrams(), micro_batch).correct) == 2
 
 
 def test_positions_without_a_label_are_never_right():
     micro_batch = micro_batch_of([[0, 1, 2]], [[IGNORED] * 3])
-    prediction = predict(build_bigrams(), micro_batch)
+    prediction = predict_all(build_bigrams(), micro_batch)
     assert int(prediction.correct) == 0
     assert prediction.loss_sum.item() == 0.0
 
@@ -188,9 +193,9 @@ def test_positions_without_a_label_are_never_right():
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_predictions_do_not_depend_on_how_a_batch_is_split(rows):
     model, micro_batch = draw_bigrams(), draw_micro_batch(rows=6)
-    whole = predict(model, micro_batch)
+    whole = predict_all(model, micro_batch)
     parts = [
-        predict(model, rows_of(micro_batch, slice(first, first + rows)))
+        predict_all(model, rows_of(micro_batch, slice(first, first + rows)))
         for first in range(0, 6, rows)
     ]
     assert sum(int(part.correct) for part in parts) == int(whole.correct)
@@ -198,7 +203,7 @@ def test_predictions_do_not_depend_on_how_a_batch_is_split(rows):
     assert total == pytest.approx(whole.loss_sum.item(), rel=1e-12)
 
 
-# TargetLoss: the same without all logits
+# The same without all logits
 
 HEADS: dict[str, dict] = {
     "tied": {"tie_word_embeddings": True},
@@ -207,10 +212,10 @@ HEADS: dict[str, dict] = {
     "frozen": {"training_method": "lora"},
     "LoRA": {"training_method": "lora", "lora_target_modules": ("lm_head", "q_proj")},
     "DoRA": {"training_method": "lora", "lora_target_modules": ("lm_head",), "use_dora": True},
-    "trained beside adapters": {"training_method": "lora", "modules_to_save": ("lm_head",)},
+    "trained with adapters": {"training_method": "lora", "modules_to_save": ("lm_head",)},
     "4 bits below": {"training_method": "qlora"},
 }
-kinds = pytest.mark.parametrize("kind", ["chunked", "fused", "torch"])
+kinds = pytest.mark.parametrize("kind", ["chunked", "fused"])
 heads = pytest.mark.parametrize("head", HEADS)
 
 
@@ -219,7 +224,7 @@ def build(folder, training_method="full", model_type="qwen2", **keys):
     lora_keys = {key: keys.pop(key) for key in LoraConfig.model_fields.keys() & keys.keys()}
     file = write_model_config(folder / "config", model_type, initializer_range=0.2, **keys)
     options = {"model_config_file": file, "gradient_checkpointing": False}
-    model = build_model(ModelConfig(**options), LoraConfig(), "fp32", torch.device("cpu"), seed=0)
+    model = build_model(ModelConfig(**options), LoraConfig(), "fp32", CPU, seed=0)
     if training_method == "full":
         return model
     model.save_pretrained(folder / "base")
@@ -229,7 +234,7 @@ def build(folder, training_method="full", model_type="qwen2", **keys):
         gradient_checkpointing=False,
     )
     adapters = LoraConfig(lora_dropout=0.0, **lora_keys)
-    return build_model(config, adapters, "fp32", torch.device("cpu"), seed=0)
+    return build_model(config, adapters, "fp32", CPU, seed=0)
 
 
 def gradients_of(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -304,10 +309,16 @@ def test_the_head_is_itself_again_even_after_an_error(tmp_path):
     assert torch.equal(compute_logits(model, micro_batch), before)
 
 
-@pytest.mark.parametrize(("wanted", "kind"), [("auto", "chunked"), ("torch", "torch")])
+def choose_for(model, wanted: str) -> TargetLoss:
+    kind = choose(wanted, device_type="cpu", logits_bytes=2**30, may_compile=True)
+    return build_target_loss(model, kind, is_wanted=wanted != "auto", device=CPU, precision="fp32")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kind"), [("auto", "chunked"), ("logits", "logits"), ("fused", "fused")]
+)
 def test_a_cpu_never_holds_all_logits_and_a_name_is_obeyed(tmp_path, wanted, kind):
-    chosen = choose_loss(build(tmp_path), wanted, torch.device("cpu"), 1024, "fp32")
-    assert chosen.kind == kind
+    assert choose_for(build(tmp_path), wanted).kind == kind
 
 
 @pytest.mark.parametrize(
@@ -320,44 +331,44 @@ def test_a_cpu_never_holds_all_logits_and_a_name_is_obeyed(tmp_path, wanted, kin
 )
 def test_a_model_that_changes_its_logits_shows_them(tmp_path, model_type, keys):
     model = build(tmp_path, model_type=model_type, **keys)
-    cpu = torch.device("cpu")
-    chosen = choose_loss(model, "auto", cpu, 1024, "fp32")
+    chosen = choose_for(model, "auto")
     assert chosen.kind == "logits"
-    assert chosen.reason.startswith("chunked does not fit this model: it gives")
-    with pytest.raises(ConfigError, match="loss: chunked does not fit this model: it gives"):
-        choose_loss(model, "chunked", cpu, 1024, "fp32")
+    assert chosen.reason.startswith("chunked does not fit this model: its loss is")
+    with pytest.raises(ConfigError, match="loss: chunked does not fit this model: its loss is"):
+        choose_for(model, "chunked")
 
 
 def test_a_kernel_that_fails_is_told_and_the_next_one_taken(tmp_path, monkeypatch):
     def fail(*_):
-        raise TypeError("unexpected keyword argument")
+        raise RuntimeError("Cannot find a working triton installation")
 
-    model, cpu = build(tmp_path), torch.device("cpu")
-    monkeypatch.setitem(qloop.model.loss._PEERS, "torch", fail)
-    with pytest.raises(ConfigError, match=r"torch does not fit.*TypeError: unexpected keyword"):
-        choose_loss(model, "torch", cpu, 1024, "fp32")
-    monkeypatch.setattr(qloop.model.loss, "choose_kind", lambda *_: "torch")  # as on some GPUs
-    chosen = choose_loss(model, "auto", cpu, 1024, "fp32")
+    model = build(tmp_path)
+    monkeypatch.setattr(qloop.model.linear_loss, "_compiled_kernel", lambda: fail)
+    with pytest.raises(ConfigError, match=r"fused does not fit.*RuntimeError: Cannot find"):
+        choose_for(model, "fused")
+    kind = choose("auto", device_type="cuda", logits_bytes=2**30, may_compile=True)
+    assert kind == "fused"
+    chosen = build_target_loss(model, kind, is_wanted=False, device=CPU, precision="fp32")
     assert chosen.kind == "chunked"
-    assert "TypeError: unexpected keyword" in chosen.reason
+    assert "fused does not fit this model: RuntimeError: Cannot find a working" in chosen.reason
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_a_kind_that_is_not_here_is_an_error(tmp_path, monkeypatch):
-    model, cpu = build(tmp_path), torch.device("cpu")
-    with pytest.raises(ConfigError, match="loss: liger needs a GPU and liger-kernel; use auto"):
-        choose_loss(model, "liger", cpu, 1024, "fp32")
-    monkeypatch.delattr(F, "linear_cross_entropy")
-    with pytest.raises(ConfigError, match=r"loss: torch needs torch 2\.13 or newer; use auto"):
-        choose_loss(model, "torch", cpu, 1024, "fp32")
-
-
-def test_a_gpu_fuses_what_is_large_unless_nothing_may_be_compiled():
-    large, small = 8192 * 152_064 * 4, 2**20
-    assert choose_kind("auto", "cuda", large) == "fused"
-    assert choose_kind("auto", "cuda", large, may_compile=False) == "chunked"
-    assert choose_kind("auto", "cuda", small) == "logits"
-    assert choose_kind("auto", "cpu", large) == "chunked"
+@pytest.mark.parametrize(
+    ("device_type", "logits_bytes", "may_compile", "kind"),
+    [
+        ("cuda", 8192 * 152_064 * 4, True, "fused"),
+        ("cuda", 8192 * 152_064 * 4, False, "chunked"),
+        ("cuda", 2**20, True, "logits"),
+        ("cpu", 8192 * 152_064 * 4, True, "chunked"),
+    ],
+)
+def test_a_gpu_fuses_what_is_large_unless_nothing_may_be_compiled(
+    device_type, logits_bytes, may_compile, kind
+):
+    keys = {"device_type": device_type, "logits_bytes": logits_bytes, "may_compile": may_compile}
+    assert choose("auto", **keys) == kind
+    assert choose("chunked", **keys) == "chunked"
 
 
 def test_the_loss_of_a_target_that_is_all_but_impossible_is_exact():
@@ -365,22 +376,10 @@ def test_the_loss_of_a_target_that_is_all_but_impossible_is_exact():
     logits = torch.tensor([[0.0, -921.0, -1.0]])
     ids, is_ignored = torch.tensor([[1]]), torch.tensor([[False]])
     expected = 921.0 + math.log1p(math.exp(-1.0))
-    for turn in (softmax_slopes, fused_slopes):
-        slopes, loss_sum = turn(logits.clone(), ids, is_ignored)
+    for differentiate in (softmax_grad_logits, fused_grad_logits):
+        grad_logits, loss_sum = differentiate(logits.clone(), ids, is_ignored)
         assert loss_sum.item() == pytest.approx(expected, rel=1e-6)
-        assert slopes.sum().item() == pytest.approx(0.0, abs=1e-6)
-
-
-def test_where_there_is_no_compiler_the_next_kind_is_taken(tmp_path, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("Cannot find a working triton installation")
-
-    model, cpu = build(tmp_path), torch.device("cpu")
-    monkeypatch.setattr(qloop.model.linear_loss, "_compiled_turn", lambda: fail)
-    monkeypatch.setattr(qloop.model.loss, "choose_kind", lambda *_, **__: "fused")  # as on a GPU
-    chosen = choose_loss(model, "auto", cpu, 1024, "fp32")
-    assert chosen.kind == "chunked"
-    assert "fused does not fit this model: RuntimeError: Cannot find a working" in chosen.reason
+        assert grad_logits.sum().item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_last_chunk_of_another_size_compiles_nothing_anew(tmp_path):
@@ -396,15 +395,14 @@ def test_a_last_chunk_of_another_size_compiles_nothing_anew(tmp_path):
 
 def test_no_chunk_is_much_smaller_than_the_others():
     """Of one row, which a kernel for many would be compiled anew for."""
-    sizes = {total: _divide(total, 5461) for total in (16_384, 5461, 5462, 1)}
+    sizes = {total: divide_evenly(total, 5461) for total in (16_384, 5461, 5462, 1)}
     assert sizes == {16_384: 4096, 5461: 5461, 5462: 2731, 1: 1}
 
 
 def test_only_a_plain_head_is_fused(tmp_path):
-    cpu = torch.device("cpu")
     model = build(tmp_path, **HEADS["LoRA"])
     with pytest.raises(ConfigError, match=r"fused does not fit.*no plain linear layer"):
-        choose_loss(model, "fused", cpu, 1024, "fp32")
+        choose_for(model, "fused")
 
 
 @pytest.mark.parametrize("kind", ["chunked", "fused"])
@@ -422,15 +420,16 @@ def test_a_bias_has_its_gradient_summed_in_float32_in_bf16_too(tmp_path, kind, m
 
 LARGE = """
 import resource, torch
-from qloop.model.linear_loss import LinearTargetLoss, softmax_slopes
-from qloop.model.loss import _count_rows
+from qloop.model.linear_loss import LinearTargetLoss, softmax_grad_logits
+from qloop.model.loss import count_rows
 torch.manual_seed(0)
 hidden = torch.randn(8192, 16, requires_grad=True)
 weight = torch.randn(152_064, 16, requires_grad=True)
 labels = torch.randint(152_064, (8192,))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-rows = _count_rows(152_064, "cuda")
-loss = LinearTargetLoss.apply(hidden, weight, None, labels, rows, torch.float32, softmax_slopes)
+rows = count_rows(152_064, "cuda")
+how = (rows, torch.float32, softmax_grad_logits)
+loss = LinearTargetLoss.apply(hidden, weight, None, labels, *how)
 loss.backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """

@@ -53,19 +53,19 @@ def test_auto_computes_again_only_as_much_as_it_must(workspace):
     assert peaks["off"] > peaks["selective"] > peaks["full"]
     for mode, peak in peaks.items():
         room = Placement(Device("NVIDIA H100", "cuda", int((peak + 1e9) / 0.9) + 9), "bf16")
-        assert make_plan(config, room).activations == mode
-    assert make_plan(config, gpu(0)).activations == "full"
+        assert make_plan(config, room).recomputation == mode
+    assert make_plan(config, gpu(0)).recomputation == "full"
 
 
 def test_a_long_run_on_a_gpu_is_planned_compiled_and_keeps_less(workspace):
     config = make_config(workspace, gradient_checkpointing="off", max_steps=500)
     compiled = make_plan(config, gpu(LARGE))
     plain = make_plan(config, gpu(LARGE, micro_batches=10))  # a run of no more
-    assert (compiled.is_compiled, plain.is_compiled) == (True, False)
+    assert (compiled.kernels.compiles, plain.kernels.compiles) == (True, False)
     assert compiled.parts["activations"] < 0.95 * plain.parts["activations"]
     forbidden = make_config(workspace, gradient_checkpointing="off", compile="false", max_steps=500)
-    assert not make_plan(forbidden, gpu(LARGE)).is_compiled
-    assert not make_plan(config, gpu(LARGE, engine="zero2", num_processes=2)).is_compiled
+    assert not make_plan(forbidden, gpu(LARGE)).kernels.compiles
+    assert not make_plan(config, gpu(LARGE, engine="zero2", num_processes=2)).kernels.compiles
 
 
 def test_layers_that_no_compiler_takes_are_planned_as_they_are(workspace, monkeypatch):
@@ -208,11 +208,11 @@ def test_a_run_says_what_was_planned_and_what_it_took(workspace):
 def test_out_of_memory_ends_in_what_was_needed_and_what_would_fit(workspace, monkeypatch, lack):
     backward, calls = Engine.backward, []
 
-    def fill(self, loss):
+    def fill(self, loss_sum, divisor):
         calls.append(1)
         if len(calls) == 5:  # the first micro-batch of two in step 3
             raise lack
-        backward(self, loss)
+        backward(self, loss_sum, divisor)
 
     monkeypatch.setattr(Engine, "backward", fill)
     with pytest.raises(MemoryFullError) as caught:
@@ -220,7 +220,7 @@ def test_out_of_memory_ends_in_what_was_needed_and_what_would_fit(workspace, mon
     message = str(caught.value)
     assert message.startswith("step 3: out of memory: ")
     assert "planned at the peak (parameters" in message
-    assert "less is needed with one of:\n  --batch_size 1 --gradient_acc" in message
+    assert "one of these needs less:\n  --batch_size 1 --gradient_acc" in message
     assert message.endswith("--allow_change batch_size,gradient_accumulation_steps")
     assert message.count("\n") == 4
     status = (workspace.folder / "output/run/status.json").read_text()

@@ -16,7 +16,7 @@ from qloop.model.attention import DOCUMENTS
 from qloop.model.build import build_model
 from qloop.model.compilation import compile_layers
 from qloop.model.loss import TargetLoss
-from qloop.planning.meta_model import build_shapes
+from qloop.planning.meta_model import build_meta_model
 from qloop.planning.simulation import PARTS, simulate_step
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def prepare(model, mode: str):
 
 
 def simulate(config: ModelConfig, mode: str, kind: str, precision="fp32", accumulates=False):
-    model = prepare(build_shapes(config, LoraConfig(), precision), mode)
+    model = prepare(build_meta_model(config, LoraConfig(), precision), mode)
     return simulate_step(model, kind, "cpu", BATCH, LENGTH, precision, accumulates)
 
 
@@ -107,7 +107,7 @@ def test_compiled_layers_keep_what_their_compiler_chooses(tmp_path, method, mode
     """Which is less than they keep uncompiled."""
     config = model_config(tmp_path, method, num_hidden_layers=8)
     real = measure(config, mode, "chunked", is_compiled=True)
-    model = prepare(build_shapes(config, LoraConfig(), "fp32"), "off")
+    model = prepare(build_meta_model(config, LoraConfig(), "fp32"), "off")
     parts = simulate_step(model, "chunked", "cpu", BATCH, LENGTH, "fp32", False, compiled=mode)
     planned = sum(parts.values()) - parts["parameters"]
     assert planned == pytest.approx(real, rel=0.1)
@@ -120,7 +120,7 @@ def test_a_gpu_keeps_a_byte_for_a_value_that_may_be_dropped(tmp_path):
     config = model_config(tmp_path, "lora")
     kept = {}
     for device in ("cpu", "cuda"):
-        model = prepare(build_shapes(config, LoraConfig(), "fp32"), "off")
+        model = prepare(build_meta_model(config, LoraConfig(), "fp32"), "off")
         parts = simulate_step(model, "logits", device, BATCH, LENGTH, "fp32", accumulates=False)
         kept[device] = parts["activations"]
     values = BATCH * LENGTH * 4 * (6 * SIZES["hidden_size"] + SIZES["intermediate_size"])
@@ -138,7 +138,7 @@ def test_every_architecture_can_be_planned_compiled(tmp_path, model_type, mode):
     config = ModelConfig(model_config_file=file)
     kept = []
     for compiled in (mode, None):
-        model = build_shapes(config, LoraConfig(), "bf16").train()
+        model = build_meta_model(config, LoraConfig(), "bf16").train()
         if not compiled:
             set_recomputation(model, mode)
         parts = simulate_step(model, "logits", "cuda", 2, 256, "bf16", True, compiled=compiled)

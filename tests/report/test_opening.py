@@ -12,12 +12,14 @@ from qloop.data.encoder import build_encoder
 from qloop.data.packing import pack_best_fit, pack_wrapped
 from qloop.data.sources import find_sources
 from qloop.model.pretrained import load_tokenizer
-from qloop.report.opening import describe_corpus, describe_ledger
+from qloop.opening import describe_ledger
+from qloop.report.files import describe_corpus
 
 
 def read_corpus(folder: Path, tokenizer_dir: Path, data: DataConfig) -> Corpus:
     encoder = build_encoder(load_tokenizer(ModelConfig(tokenizer_name=str(tokenizer_dir))))
-    return load_corpus(*find_sources(data), encoder, folder, data.held_out_share, False, True)
+    sources = find_sources(data)
+    return load_corpus(*sources, encoder, folder, held_out_share=data.held_out_share)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from qloop.hardware import measure_memory
 from qloop.model.flops import Flops, ModelFlops
 from qloop.report.console import Console
 from qloop.report.files import EvalResultsFile, LineFile, MetricsFile, read_records
-from qloop.report.metrics import Meter, StepRecord, build_step_record
+from qloop.report.metrics import Meter, StepRecord
 from qloop.report.plot import plot_losses
 from qloop.report.reporter import Reporter
 from qloop.run_directory import RunDirectory
@@ -56,11 +56,11 @@ def make_record(step: int, loss: float = 2.5, **values: float | None) -> StepRec
 
 def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    first = MetricsFile(file, after_step=0, complain=pytest.fail)
+    first = MetricsFile(file, after_step=0, say=pytest.fail)
     for step in (1, 2, 3):
         first.write(make_record(step))
     first.close()
-    second = MetricsFile(file, after_step=2, complain=pytest.fail)
+    second = MetricsFile(file, after_step=2, say=pytest.fail)
     second.write(make_record(3, loss=9.0))
     second.close()
     assert [(r["step"], r["loss"]) for r in read_records(file)] == [(1, 2.5), (2, 2.5), (3, 9.0)]
@@ -70,12 +70,12 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert read_records(file) == [{"step": 1, "loss": 2.0}]
-    MetricsFile(file, after_step=1, complain=pytest.fail).close()
+    MetricsFile(file, after_step=1, say=pytest.fail).close()
     assert file.read_text() == '{"step": 1, "loss": 2.0}\n'
 
 
 def test_losses_survive_the_file_to_the_last_bit(tmp_path):
-    metrics = MetricsFile(tmp_path / "m.jsonl", after_step=0, complain=pytest.fail)
+    metrics = MetricsFile(tmp_path / "m.jsonl", after_step=0, say=pytest.fail)
     metrics.write(make_record(1, loss=math.pi / 3))
     metrics.close()
     assert read_records(tmp_path / "m.jsonl")[0]["loss"] == math.pi / 3
@@ -189,7 +189,7 @@ def make_meter(flops: ModelFlops | None) -> Meter:
 
 def build_record(meter: Meter) -> StepRecord:
     clock = (10.0, 10.5, 12.0, 12.5)
-    return build_step_record(Progress(1, 2, 8), 2.5, 1e-4, 0.5, 8, np.array([2, 0]), meter, clock)
+    return meter.build_record(Progress(1, 2, 8), 2.5, 1e-4, 0.5, 8, np.array([2, 0]), clock)
 
 
 def test_mfu_is_the_steps_flops_by_its_seconds_and_by_what_a_product_reaches():
@@ -234,7 +234,7 @@ def test_memory_of_a_gpu_is_what_torch_allocated_and_nothing_before_its_first_us
 def test_a_peak_is_not_that_of_the_process_that_started_this_one():
     large = bytearray(300_000_000)
     code = (
-        "import torch; from qloop.report.metrics import measure_memory;"
+        "import torch; from qloop.hardware import measure_memory;"
         "bare = torch.ones(1); print(measure_memory(torch.device('cpu')).peak)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -348,11 +348,11 @@ def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, room):
     for text in ("one\n", "two\n", "three\n"):
         lines.write(text)
     assert len(told) == 1
-    assert told[0].endswith("No space left on device; its lines wait in memory")
+    assert told[0].endswith("No space left on device; its lines are kept in memory")
     lines._stream.room = 1000
     lines.close()
     assert (tmp_path / "m.jsonl").read_text() == "one\ntwo\nthree\n"
-    assert told[1].endswith("the lines that waited are written")
+    assert told[1].endswith("the lines kept in memory are written")
 
 
 def test_a_status_that_the_disk_refuses_is_told_and_does_not_end_the_run(
@@ -369,7 +369,9 @@ def test_a_status_that_the_disk_refuses_is_told_and_does_not_end_the_run(
     monkeypatch.setattr(run, "write_status", refuse)
     reporter.write_status("running", 3)
     monkeypatch.setattr(reporter, "_write_results", refuse)
-    with pytest.raises(CheckpointError, match="the same command writes them"):
+    with pytest.raises(
+        CheckpointError, match="the model is saved; make room and type the same command again"
+    ):
         reporter.write_results([])
     reporter.close()
     assert "status.json: not written: No space left on device" in capsys.readouterr().out

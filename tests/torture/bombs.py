@@ -16,7 +16,7 @@ from workspace import Workspace, reset_accelerate
 
 from qloop.config.keys import Config
 from qloop.errors import QloopError
-from qloop.run import assemble
+from qloop.run import build_run
 
 # Names that some library loads as a pickle.
 PICKLED = (
@@ -63,7 +63,7 @@ def place_bomb(config: Config, source: Path, name: str, is_sealed: bool, crater:
         seal(path)
     reset_accelerate()
     try:
-        assemble(config, []).close()
+        build_run(config).close()
     except QloopError:
         pass
     except Exception as error:
