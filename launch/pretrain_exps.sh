@@ -3,11 +3,11 @@
 # (learning rate 1e-5, 800 steps, a save every 100; configs/full.toml).
 #
 #   bash launch/pretrain_exps.sh 7b                       # one experiment
-#   bash launch/pretrain_exps.sh 7b --data_type raw       # with other keys of qloop train
+#   bash launch/pretrain_exps.sh 7b --data_type raw       # with flags of qloop train
 #
 # The corpus is data/filtered_train.jsonl and data/filtered_test.jsonl unless flags say otherwise.
-# fp32 weights, gradients and two moments take 16 bytes a parameter before any activation:
-# 1.5b 25 GB, 3b 50 GB, 7b 122 GB, 14b 236 GB, 32b 524 GB. So 14b and 32b are sharded over 4 GPUs.
+# fp32 weights, gradients and two moments take 16 bytes per parameter, without activations: 1.5b 25 GB,
+# 3b 50 GB, 7b 122 GB, 14b 236 GB, 32b 524 GB. So 14b and 32b are sharded over 4 GPUs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On real Q files: trains each method, trains it again with a kill -9 in the middle and a restart, and
-# compares losses and saved tensors to the last bit. Prints a table with the token ledger.
+# compares losses and saved tensors bit by bit. Writes tests/benchmarks/real_q.json and RESULTS.md.
 #
 #   bash tests/kill_and_resume.sh CORPUS [STEPS [MAX_SEQ_LENGTH]]   # a folder of .q and .k files; 60, 2048
 #
@@ -17,7 +17,7 @@ keys="--config configs/demo.toml --output_dir $out --train_file $corpus --max_st
     --save_steps 10 --eval_steps 0 --num_samples 0 --max_seq_length $length --batch_size 1
     --learning_rate 2e-3"
 
-# Adapters need a base: demo.toml names a model from random weights instead, so its line is left out.
+# Adapters need a base; demo.toml starts from random weights, so its lines on that are removed.
 grep -v '^model_config_file\|^tokenizer_name' configs/demo.toml >"$out/adapters.toml"
 
 train() { # method, name
@@ -41,23 +41,20 @@ for method in full lora qlora; do
     grep "going on from" "$out/killed-$method.log" | sed "s|$out/||"
 done
 
-python - "$out" "$steps" <<'PYTHON'
+python - "$out" "$steps" "$corpus" <<'PYTHON'
 import hashlib
 import json
+import os
 import pathlib
 import statistics
 import sys
 
+sys.path.insert(0, "tests/benchmarks")
+from render import format_real_q, save
+
 out, steps = pathlib.Path(sys.argv[1]), sys.argv[2]
 report = json.loads((out / "full/logs/data_report.json").read_text())
-for side in ("train", "held_out"):
-    ledger = report[side]
-    names = ("read", "documents", "refused", "duplicates", "bytes", "tokens", "targets", "first_tokens")
-    print(f"{side}: " + ", ".join(f"{name} {ledger[name]:,}" for name in names))
-    print(f"  {ledger['blocks']} blocks of {ledger['block_length']}, padding {ledger['padding_share']:.2%}")
-print("| method | held-out bits per byte, first | last | tokens/s, median | killed and resumed |")
-print("|---|---|---|---|---|")
-all_same = True
+rows = []
 for method in ("full", "lora", "qlora"):
     records, tensors = [], []
     for name in (method, f"killed-{method}"):
@@ -69,12 +66,25 @@ for method in ("full", "lora", "qlora"):
     kept = ("step", "loss", "grad_norm", "tokens_seen")
     curves = [[[record[key] for key in kept] for record in one] for one in records]
     is_same = curves[0] == curves[1] and tensors[0] == tensors[1]
-    all_same = all_same and is_same
     result = json.loads((out / method / "results/evaluation.json").read_text())
     speed = statistics.median(record["tokens_per_second"] for record in records[0])
-    print(
-        f"| {method} | {result['first']['bits_per_byte']:.4f} | {result['final']['bits_per_byte']:.4f} "
-        f"| {speed:,.0f} | {'losses and tensors equal' if is_same else 'DIFFERENT'} |"
+    rows.append(
+        {
+            "method": method,
+            "first_bits_per_byte": result["first"]["bits_per_byte"],
+            "last_bits_per_byte": result["final"]["bits_per_byte"],
+            "tokens_per_second": speed,
+            "same_after_kill": is_same,
+        }
     )
-sys.exit(0 if all_same else 1)
+results = {
+    "corpus": f"`.q` and `.k` files of {pathlib.Path(sys.argv[3]).name}",
+    "machine": f"{os.cpu_count()} CPU cores",
+    "steps": int(steps),
+    "ledger": {side: report[side] for side in ("train", "held_out")},
+    "rows": rows,
+}
+print(format_real_q(results))
+save("real_q", results)
+sys.exit(0 if all(row["same_after_kill"] for row in rows) else 1)
 PYTHON

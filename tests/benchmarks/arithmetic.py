@@ -1,19 +1,19 @@
-"""Works out, on paper, what many GPUs hold and send: nothing here is measured.
+"""Computes the memory and traffic of many GPUs on paper: nothing here is measured.
 
 python tests/benchmarks/arithmetic.py
 
-For a model of P parameters, of which a rank computes forward and backward over T tokens a
-micro-batch, a times a step, on n GPUs, 8 to a machine. Bytes a parameter:
+The model has P parameters. A rank runs forward and backward over T tokens in a micro-batch, a times
+a step, on n GPUs, 8 to a machine. Bytes per parameter:
 
-    one GPU, DDP   fp32 weights 4, gradients 4, AdamW's moments 8: all on every rank. Under autocast
-                   the layers are cast to bf16 as they are used.
-    FSDP2          the same 16, divided by n; and the largest unit gathered in bf16 (2), twice, as
-                   the next one is fetched while this one computes
+    one GPU, DDP   fp32 weights 4, gradients 4, AdamW's moments 8: all on every rank. Autocast casts
+                   the layers to bf16 when they are used.
+    FSDP2          the same 16, divided by n; and the largest unit gathered in bf16 (2), twice,
+                   since the next one is fetched while this one computes
     ZeRO-2         bf16 weights 2 on every rank; fp32 gradients 4, weights 4 and moments 8 divided
                    by n
     ZeRO-3         those 18 divided by n, and the largest unit in bf16, twice
 
-Bytes that a rank sends a step, by the usual rings (a gather or a reduce-scatter of S bytes sends
+Bytes a rank sends in a step, with the usual rings (a gather or a reduce-scatter of S bytes sends
 (n-1)/n S, an all-reduce twice that); gradients are summed in fp32 everywhere:
 
     DDP            one all-reduce of the gradients: 2 x 4 P
@@ -22,17 +22,18 @@ Bytes that a rank sends a step, by the usual rings (a gather or a reduce-scatter
     ZeRO-2         each micro-batch reduce-scatters the gradients (4 P), and each step gathers bf16
                    weights (2 P)
 
-The time of computing is 8 P T FLOPs a micro-batch (2 forward, 4 backward, 2 for the forward pass
-that gradient checkpointing makes again) at 40 % of an H100's 989 TFLOP/s in bf16. A ring over
-several machines goes at the pace of the link between them: 50 GB/s a GPU (400 Gbit/s), within one
-machine 450 GB/s (NVLink 4, one direction). Share of time: sending / (sending + computing), as if
-nothing overlapped; all of these engines send while they compute, so that it is an upper limit, and
-a step is bound by the network where it is above one half.
+Computing takes 8 P T FLOPs a micro-batch (2 forward, 4 backward, 2 for the forward pass that
+gradient checkpointing repeats) at 40 % of an H100's 989 TFLOP/s in bf16. A ring over several
+machines runs at the speed of the link between them: 50 GB/s a GPU (400 Gbit/s); within one machine
+450 GB/s (NVLink 4, one direction). The share is sending / (sending + computing), as if nothing
+overlapped. All of these engines send while they compute, so the share is an upper limit, and a step
+is bound by the network where it is above one half.
 
-Activations are not in here: with gradient checkpointing they are about 2 bytes x T x hidden size x
+Activations are not included: with gradient checkpointing they are about 2 bytes x T x hidden size x
 layers, and the logits 4 bytes x T x vocabulary.
 """
 
+import itertools
 from typing import NamedTuple
 
 GPUS_PER_MACHINE = 8
@@ -80,7 +81,7 @@ ENGINES = ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")
 
 
 def state_bytes(model: Model, engine: str, num_gpus: int) -> float:
-    """Weights, gradients and moments that a rank holds."""
+    """Returns the bytes of weights, gradients and moments that a rank holds."""
     p = model.parameters
     unit = 2 * 2 * max(model.layer_parameters, model.embedding_parameters)
     return {
@@ -92,7 +93,7 @@ def state_bytes(model: Model, engine: str, num_gpus: int) -> float:
 
 
 def sent_bytes(model: Model, engine: str, num_gpus: int, accumulation: int) -> float:
-    """What a rank sends in a step."""
+    """Returns the bytes that a rank sends in a step."""
     p, share = model.parameters, (num_gpus - 1) / num_gpus
     return (
         share
@@ -106,34 +107,34 @@ def sent_bytes(model: Model, engine: str, num_gpus: int, accumulation: int) -> f
 
 
 def compute_seconds(model: Model, accumulation: int) -> float:
-    """Forward and backward of a step on a rank."""
+    """Returns the seconds of forward and backward of a step on a rank."""
     return 8 * model.parameters * MICRO_BATCH_TOKENS * accumulation / FLOPS
 
 
 def send_seconds(sent: float, num_gpus: int) -> float:
-    """At the pace of the slowest link."""
+    """Returns the seconds that sending takes at the speed of the slowest link."""
     return sent / (WITHIN_MACHINE if num_gpus <= GPUS_PER_MACHINE else BETWEEN_MACHINES)
 
 
-def main() -> None:
-    """Prints the table."""
-    print("| model | GPUs | micro-batches a rank | engine | state a GPU | sent a step | share |")
-    print("|---|---|---|---|---|---|---|")
-    for model in MODELS:
-        for num_gpus in (8, 64, 512):
-            accumulation = STEP_MICRO_BATCHES // num_gpus
-            for engine in ENGINES:
-                state = state_bytes(model, engine, num_gpus)
-                sent = sent_bytes(model, engine, num_gpus, accumulation)
-                sending = send_seconds(sent, num_gpus)
-                share = sending / (sending + compute_seconds(model, accumulation))
-                fits = "" if state < 80e9 else " (does not fit in 80 GB)"
-                print(
-                    f"| {model.name}, {model.parameters / 1e9:.2f} B | {num_gpus} | {accumulation} "
-                    f"| {engine} | {state / 1e9:,.1f} GB{fits} | {sent / 1e9:,.0f} GB "
-                    f"| {share:.0%} |"
-                )
+def format_table() -> str:
+    """Returns the table in Markdown."""
+    lines = [
+        "| model | GPUs | micro-batches a rank | engine | state a GPU | sent a step | share |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model, num_gpus, engine in itertools.product(MODELS, (8, 64, 512), ENGINES):
+        accumulation = STEP_MICRO_BATCHES // num_gpus
+        state = state_bytes(model, engine, num_gpus)
+        sent = sent_bytes(model, engine, num_gpus, accumulation)
+        sending = send_seconds(sent, num_gpus)
+        share = sending / (sending + compute_seconds(model, accumulation))
+        fits = "" if state < 80e9 else " (does not fit in 80 GB)"
+        lines.append(
+            f"| {model.name}, {model.parameters / 1e9:.2f} B | {num_gpus} | {accumulation} "
+            f"| {engine} | {state / 1e9:,.1f} GB{fits} | {sent / 1e9:,.0f} GB | {share:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    print(format_table())

@@ -1,6 +1,6 @@
 """Trains Qwen2.5's sizes from random weights on one GPU, row by row; gpu.sh starts it.
 
-A row that fails, or that no time is left for, is a row that says so.
+A row that fails, or for which no time is left, says so in the table.
 """
 
 import argparse
@@ -17,16 +17,14 @@ from typing import NamedTuple
 
 import torch
 from contestants import Setup, is_installed
+from render import format_gpu, save
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
 DEMO = ROOT / "qloop/demo"
-RESULTS = Path(__file__).with_suffix(".json")
-BEGIN, END = "<!-- gpu: begin -->\n", "<!-- gpu: end -->"
 CHOSEN = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "trl", "liger_kernel")
 SECONDS = 460
-"""For all rows together."""
+"""Time limit of all rows together."""
 
 # hidden, layers, intermediate, heads, key heads, vocabulary, tied: as in the published config.json.
 SIZES = {
@@ -189,49 +187,8 @@ def run(row: Row, folder: Path, corpus: Path, seconds_left: float) -> dict:
 OPENING = ("attention", "loss", "compiled", "memory", "product")
 
 
-def format_rows(rows: list[dict]) -> str:
-    ours: dict[tuple, dict] = {}
-    for row in rows:
-        if row["contestant"] == "qloop" and "error" not in row:
-            ours.setdefault(key_of(row), row)
-    lines = [
-        "| run | by | targets a second | qloop, times | MFU | peak memory | planned |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        begin = f"| {row['run']} | {row['contestant']} "
-        if "error" in row:
-            lines.append(f"{begin}| {row['error']} | | | | |")
-            continue
-        mine = ours.get(key_of(row)) if row["contestant"] != "qloop" else None
-        ratio = f"{mine['targets_per_second'] / row['targets_per_second']:.2f}" if mine else ""
-        planned, peak = row["planned_bytes"], row["peak_bytes"]
-        shown = f"{planned / 1e9:.1f} GB ({planned / peak - 1:+.0%})" if planned else ""
-        lines.append(
-            f"{begin}| {row['targets_per_second']:,.0f} | {ratio} "
-            f"| {row['flops_per_second'] / row['matmul_flops']:.0%} | {peak / 1e9:.1f} GB "
-            f"| {shown} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def key_of(row: dict) -> tuple:
-    """What a peer is compared with: the run of that size, method and length as it is meant."""
-    return row["size"], row["method"], row["length"]
-
-
-def format_results(results: dict) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    products = [row["matmul_flops"] for row in results["rows"] if "error" not in row]
-    product = f" A matrix product reaches {max(products) / 1e12:,.0f} TFLOP/s." if products else ""
-    return (
-        f"{results['device']}, {results['date']}, {results['corpus']}; {versions}.{product}\n\n"
-        f"{format_rows(results['rows'])}"
-    )
-
-
 def merge(files: list[Path]) -> dict:
-    """Puts the rows of several results into one; of a row that is there twice, the later."""
+    """Merges the rows of several files of results; the later one wins."""
     each = [json.loads(file.read_text()) for file in files]
     found = {(row["run"], row["contestant"]): row for some in each for row in some["rows"]}
     versions = {name: number for some in each for name, number in some["versions"].items()}
@@ -244,13 +201,10 @@ def main() -> None:
     parser.add_argument("corpus", nargs="?", type=Path, help="of .q files; the demo's, 16 times")
     parser.add_argument("--only", choices=ROWS, default="qloop", help="tiny: to try this script")
     parser.add_argument("--match", default="", help="only runs whose name has this")
-    parser.add_argument("--readme", nargs="+", type=Path, help="results to write into the README")
+    parser.add_argument("--merge", nargs="+", type=Path, help="only merge these into gpu.json")
     options = parser.parse_args()
-    if options.readme:
-        results = merge(options.readme)
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-        before, rest = README.read_text().split(BEGIN)
-        README.write_text(f"{before}{BEGIN}{format_results(results)}{END}{rest.split(END)[1]}")
+    if options.merge:
+        save("gpu", merge(options.merge))
         return
     started, rows = time.monotonic(), []
     output = Path(os.environ.get("OUT", "."))
@@ -270,7 +224,7 @@ def main() -> None:
                 "rows": rows,
             }
             (output / f"gpu-{options.only}.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\n{format_results(results)}")
+    print(f"\n{format_gpu(results)}")
 
 
 if __name__ == "__main__":

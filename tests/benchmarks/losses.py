@@ -1,11 +1,11 @@
-"""Compares the kinds of loss with other libraries' kernels, in time and memory of a micro-batch.
+"""Compares the kinds of loss with other libraries' kernels, in time and memory of one head.
 
 python tests/benchmarks/losses.py [--tokens 16384] [--hidden 1536] [--vocabulary 151936]
 
 A trained head in fp32, then a frozen one in bf16; forward and backward, the median of five. `torch`
 is its linear_cross_entropy, from version 2.13 on; `liger` is the Triton kernel of liger-kernel.
-Memory is the peak without weights and hidden states, and includes the gradients. On a CPU, which
-only tries the script, give smaller sizes.
+Memory is the peak without weights and hidden states, and includes the gradients. On a GPU the
+figures update losses.json and RESULTS.md. A CPU only tries the script; give it smaller sizes.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from render import format_losses, save
 
 from qloop.data.batches import IGNORED
 from qloop.model.linear_loss import sum_linear_loss
@@ -95,24 +96,30 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=151_936)
     options = parser.parse_args()
     torch.manual_seed(0)
-    device = torch.cuda.get_device_name() if HAS_GPU else "CPU"
-    print(f"{device}, torch {torch.__version__}; {vars(options)}\n")
-    print("| head | kind | loss | ms | fused, times | memory |\n|---|---|---|---|---|---|")
+    rows: list[dict] = []
     for is_trained in (True, False):
         dtype = torch.bfloat16 if HAS_GPU else torch.float32
         head = torch.nn.Linear(options.hidden, options.vocabulary, bias=False, device=DEVICE)
         head = (head if is_trained else head.to(dtype)).requires_grad_(is_trained)
         hidden = torch.randn(options.tokens, options.hidden, device=DEVICE, dtype=dtype)
-        fused, name = None, "trained" if is_trained else "frozen"
         for kind in KINDS:
+            rows.append({"head": "trained" if is_trained else "frozen", "loss": kind})
             try:
                 seconds, peak, loss = measure(kind, head, hidden.requires_grad_())
             except (AttributeError, ImportError, RuntimeError) as error:
-                print(f"| {name} | {kind} | {str(error).splitlines()[0]} | | | |")
-                continue
-            fused = fused or seconds
-            print(f"| {name} | {kind} | {loss:.4f} | {seconds * 1e3:.1f} | {seconds / fused:.2f} "
-                  f"| {peak / 1e9:.2f} GB |", flush=True)  # fmt: skip
+                rows[-1]["error"] = str(error).splitlines()[0]
+            else:
+                rows[-1].update(loss_sum=loss, milliseconds=seconds * 1e3, memory_gb=peak / 1e9)
+            print(rows[-1], flush=True)
+    results = {
+        "device": torch.cuda.get_device_name() if HAS_GPU else "CPU",
+        "versions": {"torch": torch.__version__},
+        "setup": vars(options),
+        "rows": rows,
+    }
+    print(f"\n{format_losses(results)}")
+    if HAS_GPU:
+        save("losses", results)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""Runs qloop and its peers in turn on the same work, and prints what each makes of it.
+"""Compares the speed of qloop, TRL and a plain loop on the same work.
 
 pip install -e '.[bench]'
 python tests/benchmarks/peers.py [CORPUS]     # a folder of .q files; the demo's if none is given
-python tests/benchmarks/peers.py --readme     # writes the table of peers.json into the README
 
 Each contestant trains the same model from random weights on the same documents, in a process of
-its own, three times in alternation; the table has the median with the extremes, and its ratio to
-qloop's. Targets are positions with a label: padding, and what a contestant cuts off, are none.
-Model-FLOP use is that of the documents trained on, as a share of the fastest matrix product that
-was measured in this very run. Memory is the most that was in use beside what the process had
-before it had a model: resident memory on a CPU, allocated memory on a GPU.
+its own, three times in alternation; the table has the median, the extremes, and the ratio to
+qloop. Targets are positions with a label, so padding and truncated tokens do not count. MFU counts
+the FLOPs of the documents trained on, relative to the fastest matrix product measured in this run.
+Memory is the peak above the memory before the model was built: resident memory on a CPU, allocated
+memory on a GPU. A run of all contestants updates peers.json and RESULTS.md.
 """
 
 import argparse
@@ -28,13 +27,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from contestants import CONTESTANTS, Setup
+from render import format_peers, save
 
 from qloop.data.packing import pack_best_fit
 
 ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).with_suffix(".json")
 DEMO = ROOT / "qloop/demo"
-BEGIN, END = "<!-- peers: begin -->\n", "<!-- peers: end -->"
 ROUNDS = 3
 CHOSEN = ("torch", "transformers", "accelerate", "trl")
 
@@ -56,7 +54,7 @@ def run(name: str, setup: Setup) -> dict:
 
 
 def compare(setup: Setup, names: list[str]) -> list[dict]:
-    """Lets each run in turn, and sums up."""
+    """Runs the contestants in turn and summarises each."""
     runs: dict[str, list[dict]] = {name: [] for name in names}
     for number in range(ROUNDS):
         for name in names:
@@ -81,7 +79,7 @@ def compare(setup: Setup, names: list[str]) -> list[dict]:
 
 
 def measure_packing() -> float:
-    """Tokens a second, of lengths drawn as Q files have them."""
+    """Returns tokens packed per second, for document lengths distributed like those of Q files."""
     lengths = np.random.default_rng(0).lognormal(6.0, 1.3, 100_000).astype(np.int64).clip(2, 50_000)
     started = time.perf_counter()
     pack_best_fit(lengths - 1, 2048)
@@ -89,7 +87,7 @@ def measure_packing() -> float:
 
 
 def measure_start() -> float:
-    """Seconds from the demo's command to its first step, its corpus being tokenised already."""
+    """Returns seconds from the demo's command to its first step, with a tokenised corpus."""
     with tempfile.TemporaryDirectory(prefix="qloop-start-") as folder:
         command = [sys.executable, "-m", "qloop", "train", "--config", "configs/demo.toml"]
         command += ["--output_dir", folder, "--max_steps", "1", "--warmup_steps", "0"]
@@ -110,35 +108,6 @@ def measure_start() -> float:
         return seconds
 
 
-def format_table(rows: list[dict]) -> str:
-    ours = [row for row in rows if row["name"].startswith("qloop")]
-    lines = [
-        "| contestant | targets a second | " + " | ".join(f"{row['name']}, times" for row in ours)
-        + " | model-FLOP use | peak memory |",
-        "|---|" + "---|" * (3 + len(ours)),
-    ]  # fmt: skip
-    for row in rows:
-        low, high = row["range"]
-        ratios = [mine["targets_per_second"] / row["targets_per_second"] for mine in ours]
-        lines.append(
-            f"| {row['name']} | {row['targets_per_second']:,.0f} ({low:,.0f} to {high:,.0f}) | "
-            + " | ".join(f"{ratio:.2f}" for ratio in ratios)
-            + f" | {row['use']:.0%} | {row['peak_bytes'] / 1e6:,.0f} MB |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def format_results(results: dict) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    return (
-        f"{results['setup']}; {results['machine']}, {results['date']}; {versions}. A matrix "
-        f"product reaches {results['rows'][0]['matmul_flops'] / 1e9:,.0f} GFLOP/s.\n\n"
-        f"{format_table(results['rows'])}\n"
-        f"Packing alone: {results['packing'] / 1e6:,.0f} million tokens a second. From the demo's "
-        f"command to its first step, with a corpus that is tokenised: {results['start']:.1f} s.\n"
-    )
-
-
 def describe_machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
@@ -148,24 +117,14 @@ def describe_machine() -> str:
     return f"{torch.get_num_threads()} cores of {names[0] if names else platform.processor()}"
 
 
-def write_readme(results: dict) -> None:
-    file = ROOT / "README.md"
-    before, rest = file.read_text().split(BEGIN)
-    file.write_text(f"{before}{BEGIN}{format_results(results)}{END}{rest.split(END)[1]}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("corpus", nargs="?", type=Path, default=DEMO / "corpus")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--accumulation", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3, help="that are measured, after one")
-    parser.add_argument("--readme", action="store_true", help="only write the README's table")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps, after one more")
     options = parser.parse_args()
-    if options.readme:
-        write_readme(json.loads(RESULTS.read_text()))
-        return
     setup = Setup(
         corpus=str(options.corpus.resolve()),
         model=str(DEMO / "model"),
@@ -191,9 +150,9 @@ def main() -> None:
         "packing": measure_packing(),
         "start": measure_start(),
     }
-    print(f"\n{format_results(results)}")
+    print(f"\n{format_peers(results)}")
     if options.only == list(CONTESTANTS):
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        save("peers", results)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from render import format_saving
+from render import save as save_results
 
 from qloop.checkpoint import store
 from qloop.checkpoint.manager import CheckpointManager
@@ -127,32 +129,39 @@ def save_by_accelerate(self: CheckpointManager, engine, progress, *_) -> None:
 
 
 def main() -> None:
-    """Measures each way and prints a table."""
+    """Measures each way and writes saving.json and RESULTS.md."""
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 24
     os.chdir(ROOT)
     quieten_libraries()
     ways: dict[str, tuple[bool, dict, Callable | None]] = {
-        "behind the loop (the default)": (True, {}, None),
-        "at once (async_checkpoint = false)": (False, {}, None),
-        "at once, without fsync": (False, {"syncing": True}, None),
-        "at once, without SHA-256": (False, {"hashing": True}, None),
-        "at once, without both": (False, {"syncing": True, "hashing": True}, None),
+        "in the background (the default)": (True, {}, None),
+        "synchronous (async_checkpoint = false)": (False, {}, None),
+        "synchronous, without fsync": (False, {"syncing": True}, None),
+        "synchronous, without SHA-256": (False, {"hashing": True}, None),
+        "synchronous, without both": (False, {"syncing": True, "hashing": True}, None),
         "accelerate.save_state": (False, {}, save_by_accelerate),
     }
-    print("| saving | the loop stands still | of a step | the step after a save, by any other |")
-    print("|---|---|---|---|")
+    rows = []
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "config.json").write_text(json.dumps(MODEL))
         for number, (name, (is_async, left_out, save)) in enumerate(ways.items()):
             with without(**left_out):
                 result = measure(Path(place) / str(number), steps, is_async, save)
-            share = result["stood_still"] / result["step"]
-            slower = result["step_after"] / result["step"]
-            print(
-                f"| {name} | {result['stood_still']:.3f} s | {share:.0%} | {slower:.2f} |",
-                flush=True,
-            )
-    print(f"\na step takes {result['step']:.2f} s; torch {torch.__version__}")
+            row = {
+                "way": name,
+                "blocked_seconds": result["stood_still"],
+                "share_of_step": result["stood_still"] / result["step"],
+                "next_step_ratio": result["step_after"] / result["step"],
+            }
+            rows.append(row)
+            print(row, flush=True)
+    results = {
+        "setup": f"29 million parameters, medians of {steps // SAVE_STEPS} saves",
+        "machine": f"{torch.get_num_threads()} threads, torch {torch.__version__}",
+        "rows": rows,
+    }
+    save_results("saving", results)
+    print(format_saving(results))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Measures what a corpus of any size costs: packing it, opening it, and memory while training.
+"""Measures the cost of a corpus by size: packing it, opening it, and memory while training.
 
 python tests/benchmarks/scale.py            10 million documents; stores of 10 MB, 1 GB and 20 GB
 python tests/benchmarks/scale.py --short    a million documents; stores of 10 MB and 1 GB
 
-Token files are synthetic, with document lengths as of code (log-normal, 1,000 tokens on average);
-every figure is taken in a process of its own. Memory is told apart: what is private cannot be given
-back (RssAnon, its peak over all micro-batches); what is mapped are pages of the files, which all
-processes share, and which the system drops when it needs the room (RssFile).
+Token files are synthetic, with document lengths like those of code (log-normal, 1,000 tokens on
+average). Every figure is measured in a process of its own. Private memory cannot be given back
+(RssAnon, its peak over all micro-batches). Mapped memory is pages of the files, which all processes
+share and the system drops when it needs the room (RssFile). Updates scale.json and RESULTS.md.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from render import format_scale, save
 
 from qloop.data.batches import build_micro_batch
 from qloop.data.indexes import load_index
@@ -126,52 +127,59 @@ def measure(what: str, folder: Path, packing: str) -> dict:
     return dict(json.loads(done.stdout))
 
 
-def report_packing(folder: Path, num_documents: int) -> None:
+def compare_packings(folder: Path, num_documents: int) -> dict:
+    """Packs a corpus of many documents and opens it again, by each packing."""
     lengths = draw_lengths(num_documents)
-    tokens = lengths.sum()
-    print(f"\n{num_documents:,} documents, {tokens / 1e9:.2f} billion tokens:\n")
-    print(
-        "| packing | packed in | peak memory | opened again in | from the disk | private memory |"
-    )
-    print("|---|---|---|---|---|---|")
     write_store(folder, lengths, with_tokens=False)
+    rows = []
     for packing in ("best_fit", "wrapped"):
         first, second = (measure("open", folder, packing) for _ in range(2))
         drop_from_memory(folder)
         third = measure("open", folder, packing)
-        print(
-            f"| {packing}, {first['blocks']:,} blocks | {first['seconds']:.1f} s "
-            f"| {first['peak']:.2f} GB | {second['seconds']:.2f} s | {third['seconds']:.2f} s "
-            f"| {third['private']:.2f} GB |",
-            flush=True,
+        rows.append(
+            {
+                "packing": packing,
+                "blocks": first["blocks"],
+                "seconds": first["seconds"],
+                "peak_gb": first["peak"],
+                "reopened_seconds": second["seconds"],
+                "from_disk_seconds": third["seconds"],
+                "private_gb": third["private"],
+            }
         )
+        print(rows[-1], flush=True)
     shutil.rmtree(folder)
-    per_document = measure("hashes", folder, "")["bytes"]
-    print(f"\nWhile tokenising, {per_document:.0f} bytes a document to know copies by.")
+    return {"documents": num_documents, "tokens": int(lengths.sum()), "packing": rows}
 
 
-def report_memory(folder: Path, sizes: list[float]) -> None:
-    print(f"\n{MICRO_BATCHES:,} micro-batches of {BLOCK_LENGTH} tokens, spread over the corpus:\n")
-    columns = "documents | blocks | opened in | private before | private, peak | mapped"
-    print(f"| tokens on disk | {columns} | positions a second |")
-    print("|---|---|---|---|---|---|---|---|")
+def compare_sizes(folder: Path, sizes: list[float]) -> list[dict]:
+    """Reads micro-batches from stores of several sizes."""
+    rows = []
     for gigabytes in sizes:
         lengths = draw_lengths(int(gigabytes * 1e9 / 4 / 991))
         write_store(folder, lengths, with_tokens=True)
         measure("open", folder, "best_fit")  # packs
         found = measure("training", folder, "best_fit")
-        print(
-            f"| {gigabytes:g} GB | {len(lengths):,} | {found['blocks']:,} | {found['open']:.2f} s "
-            f"| {found['before']:.3f} GB | {found['private']:.3f} GB | {found['mapped']:.2f} GB "
-            f"| {found['positions_per_second']:,.0f} |",
-            flush=True,
+        rows.append(
+            {
+                "gigabytes": gigabytes,
+                "documents": len(lengths),
+                "blocks": found["blocks"],
+                "open_seconds": found["open"],
+                "private_before_gb": found["before"],
+                "private_gb": found["private"],
+                "mapped_gb": found["mapped"],
+                "positions_per_second": found["positions_per_second"],
+            }
         )
+        print(rows[-1], flush=True)
         shutil.rmtree(folder)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="smaller sizes")
+    parser.add_argument("--short", action="store_true", help="smaller sizes; writes no results")
     parser.add_argument("--folder", type=Path, help="where the token files are written")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -180,8 +188,20 @@ def main() -> None:
         print(json.dumps(MEASURES[what](Path(folder), packing)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="qloop-scale-") as name:
-        report_packing(Path(name) / "index", 1_000_000 if options.short else 10_000_000)
-        report_memory(Path(name) / "store", [0.01, 1] if options.short else [0.01, 1, 20])
+        place = Path(name)
+        results = {
+            "machine": f"{os.cpu_count()} CPU cores",
+            **compare_packings(place / "index", 1_000_000 if options.short else 10_000_000),
+            "hash_bytes_per_document": measure("hashes", place, "")["bytes"],
+            "micro_batches": MICRO_BATCHES,
+            "block_length": BLOCK_LENGTH,
+            "training": compare_sizes(
+                place / "store", [0.01, 1] if options.short else [0.01, 1, 20]
+            ),
+        }
+    print(f"\n{format_scale(results)}")
+    if not options.short:
+        save("scale", results)
 
 
 if __name__ == "__main__":

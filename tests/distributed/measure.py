@@ -1,8 +1,8 @@
-"""Runs every comparison of engines in full, and writes what it saw: distributed.json and tables.
+"""Runs every comparison of engines in full, and writes the outcome: results.json and RESULTS.md.
 
 python tests/distributed/measure.py            everything, about 25 minutes on two cores
 python tests/distributed/measure.py --only parity
-python tests/distributed/measure.py --readme   puts the tables of distributed.json in README.md
+python tests/distributed/measure.py --render   writes RESULTS.md from results.json, no runs
 """
 
 import argparse
@@ -25,8 +25,7 @@ import parity  # noqa: E402
 from launching import Setting  # noqa: E402
 from workspace import Workspace  # noqa: E402
 
-RESULTS = ROOT / "distributed.json"
-BEGIN, END = "<!-- {}: begin -->\n", "<!-- {}: end -->\n"
+RESULTS = Path(__file__).with_name("results.json")
 ENGINES = ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")
 KILLS = [(engine, rank, step) for engine in ENGINES for rank in (0, 1) for step in (5, 11, 17)]
 
@@ -73,7 +72,8 @@ SUITES = {"parity": measure_parity, "elastic": measure_elastic, "failures": meas
 
 def format_parity(rows: list[dict]) -> str:
     lines = [
-        "| method | engine, 2 processes | loss | grad_norm | rate | held-out loss | accuracy |"
+        "| method | engine, 2 processes | loss | grad_norm | learning rate | held-out loss "
+        "| accuracy |"
     ]
     lines.append("|---|---|---|---|---|---|---|")
     keys = ("loss", "grad_norm", "learning_rate", "held_out_loss", "held_out_token_accuracy")
@@ -84,7 +84,7 @@ def format_parity(rows: list[dict]) -> str:
 
 
 def format_elastic(rows: list[dict]) -> str:
-    lines = ["| begun by | ended by | files of tensors | same blocks | loss | grad_norm |"]
+    lines = ["| started by | finished by | tensor files | same blocks | loss | grad_norm |"]
     lines.append("|---|---|---|---|---|---|")
     for row in rows:
         same = "yes" if row["same_blocks"] else "NO"
@@ -96,10 +96,13 @@ def format_elastic(rows: list[dict]) -> str:
 
 
 def format_failures(rows: list[dict]) -> str:
-    names = {"": "", "waits_for_ever": ", the other inside a call that never returns"}
-    names["lost_machine"] = ", on a machine of its own with nobody there to tell, as above"
+    names = {
+        "": "",
+        "waits_for_ever": ", the other in a call that never returns",
+        "lost_machine": ", with its whole machine, the other in a call that never returns",
+    }
     lines = [
-        "| killed | times | inside a save | the others left within | went on to the same bits |"
+        "| killed | times | inside a save | the other left within | resumed to the same bits |"
     ]
     lines.append("|---|---|---|---|---|")
     kinds = dict.fromkeys((row["engine"], row["fault"]) for row in rows)
@@ -114,28 +117,63 @@ def format_failures(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-FORMATS = {"parity": format_parity, "elastic": format_elastic, "failures": format_failures}
+SECTIONS = {
+    "parity": (
+        """\
+## Two processes and one
+
+Largest differences between two processes under an engine, with gradient checkpointing, and one
+process without, over 20 steps with clipping and uneven targets, in fp32.
+""",
+        format_parity,
+    ),
+    "elastic": (
+        """\
+## Another number of processes, another engine
+
+Runs started by some processes and finished by others, compared with one process that made all
+steps. Every process saved its own part.
+""",
+        format_elastic,
+    ),
+    "failures": (
+        """\
+## One process killed
+
+`kill -9` of one of two processes at random moments of a run that saves at every step.
+""",
+        format_failures,
+    ),
+}
+
+HEAD = """\
+# Engines on several processes
+
+Written by `python tests/distributed/measure.py` from results.json (`--render` writes it again
+without runs); do not edit. `pytest -m distributed` runs most of it. All processes are gloo
+processes on a CPU.
+"""
 
 
-def write_readme(results: dict) -> None:
-    """Replaces the tables between their marks in the README."""
-    file = ROOT / "README.md"
-    text = file.read_text()
-    for suite, rows in results["rows"].items():
-        begin, end = BEGIN.format(suite), END.format(suite)
-        before, rest = text.split(begin)
-        text = f"{before}{begin}{FORMATS[suite](rows)}{end}{rest.split(end)[1]}"
-    file.write_text(text)
+def render(results: dict) -> str:
+    """Returns the text of RESULTS.md."""
+    parts = [HEAD]
+    for suite, (text, format_rows) in SECTIONS.items():
+        if suite in results["rows"]:
+            parts.append(f"{text}\n{format_rows(results['rows'][suite])}")
+    libraries = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    return "\n".join([*parts, f"{libraries}\n"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SUITES, default=list(SUITES))
     parser.add_argument("--output", type=Path, default=RESULTS, help="the file of results")
-    parser.add_argument("--readme", action="store_true", help="only write the README's tables")
+    parser.add_argument("--render", action="store_true", help="only write RESULTS.md")
     options = parser.parse_args()
-    if options.readme:
-        write_readme(json.loads(options.output.read_text()))
+    results_page = options.output.with_name("RESULTS.md")
+    if options.render:
+        results_page.write_text(render(json.loads(options.output.read_text())))
         return
     rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else {}
     for name in options.only:
@@ -144,7 +182,7 @@ def main() -> None:
     libraries = ("torch", "accelerate", "deepspeed", "transformers", "peft", "bitsandbytes")
     results = {"versions": {name: version(name) for name in libraries}, "rows": rows}
     options.output.write_text(json.dumps(results, indent=2) + "\n")
-    print("\n".join(FORMATS[name](rows[name]) for name in rows))
+    results_page.write_text(render(results))
     failed = [row for found in rows.values() for row in found if not row["held"]]
     if failed:
         sys.exit(f"{len(failed)} did not hold")

@@ -1,13 +1,12 @@
-"""On a GPU: 50 steps of each method on a model shaped like Qwen2.5-0.5B, beside the CPU's first.
+"""On a GPU: compares 50 steps of each method with the CPU's first steps.
 
     python tests/gpu/compare_with_cpu.py [--steps 50] [--cpu_steps 3] [--hidden_size 896] [--out
     DIR]
 
-The weights are random, since no hub is asked; the shape is the real one but for the vocabulary,
-which is the embedded tokenizer's, so that the embedded corpus can be read. The GPU runs in bf16
+The model has the shape of Qwen2.5-0.5B, random weights and the vocabulary of the embedded
+tokenizer, so that it needs no hub and can train on the embedded corpus. The GPU runs in bf16
 (`precision = "auto"`), the CPU in fp32, from the same weights on the same blocks: the first losses
-must agree to about 1e-2. Without a GPU it compares the CPU with itself, which tries the script and
-nothing else.
+must agree to about 1e-2. Without a GPU it compares the CPU with itself, only to try the script.
 """
 
 import argparse
@@ -44,7 +43,7 @@ def build_base(folder: Path, hidden_size: int) -> None:
 
 
 def run(base: Path, out: Path, method: str, steps: int, length: int, on_gpu: bool) -> list[dict]:
-    """Trains some steps on blocks of some length; returns the lines of metrics.jsonl."""
+    """Trains and returns the lines of metrics.jsonl."""
     name = f"{method}-{'gpu' if on_gpu else 'cpu'}"
     learning_rate = "1e-4" if method == "full" else "1e-3"
     command = [
@@ -73,7 +72,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out or Path(tempfile.mkdtemp())
     has_gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if has_gpu else "no GPU: the CPU stands in"
+    device = torch.cuda.get_device_name() if has_gpu else "no GPU, so the CPU is used"
     print(f"{device}; torch {torch.__version__}, transformers {transformers.__version__}")
     base = out / "base"
     build_base(base, arguments.hidden_size)
@@ -81,7 +80,7 @@ def main() -> None:
     for method in ("full", "lora", "qlora"):
         length = arguments.max_seq_length
         gpu = run(base, out, method, arguments.steps, length, on_gpu=has_gpu)
-        # The CPU makes fewer steps of the same warm-up, so that its rates are the same.
+        # More steps than the warm-up has; during it both have the same learning rates.
         last_step = max(arguments.cpu_steps, 6)
         cpu = run(base, out / "cpu", method, last_step, length, on_gpu=False)
         first = [f"{g['loss']:.4f} / {c['loss']:.4f}" for g, c in zip(gpu, cpu, strict=False)][

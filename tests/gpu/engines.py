@@ -1,12 +1,12 @@
-"""On GPUs: each engine by the files of launch/, on a model shaped like Qwen2.5-0.5B.
+"""On GPUs: compares the engines of launch/ on a model with the shape of Qwen2.5-0.5B.
 
     python tests/gpu/engines.py [--steps 30] [--processes 1] [--hidden_size 896] [--out DIR]
 
-For full and lora: 30 steps in bf16 by DDP, FSDP2, ZeRO-2 and ZeRO-3 on every GPU that is there, a
-save in the middle, and then the same command again from that save. Prints the first and last loss,
-the largest difference to the first row, whether the resumed steps repeat, tokens a second, peak
-memory, and how long a save kept the loop. Without a GPU two gloo processes stand in, which tries
-the script and nothing else. An engine that is not installed, or fails, has its reason in its row.
+For full and lora: 30 steps in bf16 under DDP, FSDP2, ZeRO-2 and ZeRO-3 on all GPUs, with a save in
+the middle, and then the same command again from that save. Prints the first and last loss, the
+largest difference to the first row, whether the resumed steps repeat, tokens/s, peak memory, and
+the blocking time of a save. Without a GPU it uses two gloo processes, only to try the script. An
+engine that is not installed, or fails, has the reason in its row.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def command(engine: str, method: str, arguments: argparse.Namespace, out: Path) 
 
 
 def run(words: list[str], folder: Path) -> tuple[list[dict], str]:
-    """Runs to the end; gives the metrics, and the last line of what went wrong."""
+    """Runs to the end; returns the metrics and the last line of an error, if any."""
     done = subprocess.run(
         words,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
@@ -71,7 +71,7 @@ def run(words: list[str], folder: Path) -> tuple[list[dict], str]:
 
 
 def compare(engine: str, method: str, arguments: argparse.Namespace, first: list[dict]) -> str:
-    """Makes the row of an engine; `first` gets the curve that the others are compared with."""
+    """Returns the row of an engine; `first` receives the curve to compare the others with."""
     folder = arguments.out / f"{method}-{engine}"
     words = command(engine, method, arguments, arguments.out)
     curve, reason = run(words, folder)
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     arguments.out = (arguments.out or Path(tempfile.mkdtemp())).resolve()
-    device = torch.cuda.get_device_name() if HAS_GPU else "no GPU: the CPU stands in"
+    device = torch.cuda.get_device_name() if HAS_GPU else "no GPU, so the CPU is used"
     print(f"{device} x {arguments.processes}; torch {torch.__version__}")
     build_base(arguments.out / "base", arguments.hidden_size)
     print("| method | engine | first loss | last loss | from the first row | repeats | targets/s "

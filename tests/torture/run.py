@@ -1,9 +1,9 @@
-"""Tries to break a run in every way there is, and writes what held: reliability.json and a table.
+"""Attacks runs and checkpoints in many ways, and writes the outcome: results.json and RESULTS.md.
 
 python tests/torture/run.py                       everything, about 20 minutes on two cores
 python tests/torture/run.py --short               a short form of each, a few minutes
 python tests/torture/run.py --only kills stops    some
-python tests/torture/run.py --readme              puts the table of reliability.json in README.md
+python tests/torture/run.py --render              writes RESULTS.md from results.json, no attacks
 """
 
 import argparse
@@ -25,19 +25,26 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-RESULTS = ROOT / "reliability.json"
+RESULTS = Path(__file__).with_name("results.json")
 SUITES = ("protocol", "corruption", "bombs", "kills", "resumes", "stops", "launched", "full_disk")
-BEGIN, END = "<!-- reliability: begin -->\n", "<!-- reliability: end -->\n"
+
+HEAD = """\
+# Attacks on runs and checkpoints
+
+Written by `python tests/torture/run.py` from results.json (`--render` writes it again without
+attacks); do not edit. `pytest` and `pytest -m distributed` run a short form. On a simulated disk,
+a loss of power may lose any part of the data that was not synced.
+"""
 
 
 def run_suite(name: str, is_short: bool) -> list[dict]:
-    """Runs a suite in a folder of its own."""
+    """Runs a suite in a temporary folder."""
     from rows import print_rows
     from workspace import Workspace
 
     module = importlib.import_module(name)
     started = time.monotonic()
-    is_quiet = contextlib.redirect_stdout(io.StringIO())  # of what the runs say
+    is_quiet = contextlib.redirect_stdout(io.StringIO())  # the runs' own output
     with tempfile.TemporaryDirectory(prefix="qloop-torture-") as folder, is_quiet:
         rows = module.run(Workspace(Path(folder)), is_short)
     print_rows(rows)
@@ -46,40 +53,30 @@ def run_suite(name: str, is_short: bool) -> list[dict]:
     return [{"suite": name, **dataclasses.asdict(row)} for row in rows]
 
 
-def format_table(results: dict) -> str:
-    """Shows all rows as the README does."""
-    lines = [
-        "| what was done | trials | held | what had to hold | noted |",
-        "|---|---|---|---|---|",
-    ]
+def render(results: dict) -> str:
+    """Returns the text of RESULTS.md."""
+    lines = ["| attack | trials | held | promise | notes |", "|---|---|---|---|---|"]
     for row in results["rows"]:
-        noted = "; ".join(text for text in (row["note"], row["baseline"]) if text)
+        notes = "; ".join(text for text in (row["note"], row["baseline"]) if text)
         lines.append(
             f"| {row['attack']} | {row['trials']:,} | {row['survived']:,} | {row['promise']} "
-            f"| {noted} |"
+            f"| {notes} |"
         )
-    return "\n".join(lines) + "\n"
-
-
-def write_readme(results: dict) -> None:
-    """Replaces the table between the two marks in the README."""
-    file = ROOT / "README.md"
-    before, rest = file.read_text().split(BEGIN)
-    after = rest.split(END)[1]
     libraries = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    file.write_text(f"{before}{BEGIN}{format_table(results)}\n{libraries}\n{END}{after}")
+    return "\n".join([HEAD, *lines, "", libraries, ""])
 
 
 def main() -> None:
-    """Runs the suites, merges their rows into reliability.json, and fails if a promise did."""
+    """Runs the suites, merges their rows into results.json, and fails if a promise did."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="a short form of each")
     parser.add_argument("--only", nargs="+", choices=SUITES, default=SUITES, help="some suites")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the file of results")
-    parser.add_argument("--readme", action="store_true", help="only write the README's table")
+    parser.add_argument("--render", action="store_true", help="only write RESULTS.md")
     options = parser.parse_args()
-    if options.readme:
-        write_readme(json.loads(options.output.read_text()))
+    results_page = options.output.with_name("RESULTS.md")
+    if options.render:
+        results_page.write_text(render(json.loads(options.output.read_text())))
         return
 
     from qloop.report.console import quieten_libraries
@@ -93,7 +90,7 @@ def main() -> None:
     libraries = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors")
     results = {"versions": {name: version(name) for name in libraries}, "rows": rows}
     options.output.write_text(json.dumps(results, indent=2) + "\n")
-    print(format_table(results))
+    results_page.write_text(render(results))
     failed = [row for row in rows if row["survived"] < row["trials"]]
     if failed:
         sys.exit(f"{len(failed)} of {len(rows)} promises did not hold")

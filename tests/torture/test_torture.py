@@ -1,10 +1,7 @@
 """A short form of each suite with real runs; and that the suites see what they look for."""
 
-import json
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import bombs
 import corruption
@@ -13,7 +10,6 @@ import kills
 import launched
 import pytest
 import resumes
-import run as runner
 import stops
 from protocol import NoVerification
 from rows import Row
@@ -83,19 +79,3 @@ def test_a_second_start_is_refused_while_the_first_runs_and_works_after_its_kill
         time.sleep(0.05)
     run.process.kill()
     run.process.wait()
-
-
-def test_the_readmes_table_comes_from_the_results(tmp_path, monkeypatch):
-    row = Row("attack", 1200, 1199, "promise", note="note", baseline="theirs")
-    results = {"versions": {"torch": "2"}, "rows": [{"suite": "kills", **vars(row)}]}
-    (tmp_path / "README.md").write_text(f"a\n{runner.BEGIN}stale\n{runner.END}b\n")
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
-    (tmp_path / "reliability.json").write_text(json.dumps(results))
-    arguments = ["run.py", "--readme", "--output", str(tmp_path / "reliability.json")]
-    monkeypatch.setattr(sys, "argv", arguments)
-    runner.main()
-    text = Path(tmp_path / "README.md").read_text()
-    assert "| attack | 1,200 | 1,199 | promise | note; theirs |" in text
-    assert "stale" not in text
-    assert text.startswith("a\n")
-    assert text.endswith("b\n")
