@@ -1,4 +1,4 @@
-"""What the machine is and can do: devices, precision, memory, FLOP/s."""
+"""The machine: its devices, their precision, their FLOP/s, and memory."""
 
 import contextlib
 import os
@@ -10,38 +10,38 @@ from typing import NamedTuple
 import psutil
 import torch
 
-
-def use_deterministic_kernels() -> None:
-    """Makes torch refuse kernels whose result varies from call to call."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-
-
-DEVICES = {
-    "h200": ("NVIDIA H200", 141e9),
-    "b200": ("NVIDIA B200", 180e9),
-    "h100": ("NVIDIA H100 80GB HBM3", 80e9),
-    "a100-80": ("NVIDIA A100-SXM4-80GB", 80e9),
-    "a100-40": ("NVIDIA A100-SXM4-40GB", 40e9),
-    "l40s": ("NVIDIA L40S", 48e9),
-    "l4": ("NVIDIA L4", 24e9),
-    "rtx4090": ("NVIDIA GeForce RTX 4090", 24e9),
-    "rtx3090": ("NVIDIA GeForce RTX 3090", 24e9),
-}
-"""Names as torch has them, and bytes as sold."""
+# Devices
 
 
 class Device(NamedTuple):
-    """Where a run is to go."""
+    """A device that a run can use."""
 
     name: str
+    """Torch's name of a GPU, or `CPU`."""
     kind: str
     """`cuda` or `cpu`."""
     memory_bytes: int
 
 
+DEVICES = {
+    short: Device(name, "cuda", gigabytes * 10**9)
+    for short, name, gigabytes in (
+        ("h200", "NVIDIA H200", 141),
+        ("b200", "NVIDIA B200", 180),
+        ("h100", "NVIDIA H100 80GB HBM3", 80),
+        ("a100-80", "NVIDIA A100-SXM4-80GB", 80),
+        ("a100-40", "NVIDIA A100-SXM4-40GB", 40),
+        ("l40s", "NVIDIA L40S", 48),
+        ("l4", "NVIDIA L4", 24),
+        ("rtx4090", "NVIDIA GeForce RTX 4090", 24),
+        ("rtx3090", "NVIDIA GeForce RTX 3090", 24),
+    )
+}
+"""GPUs to plan for, by the names of `--device`; with the memory that they are sold with."""
+
+
 def find_device() -> Device:
-    """Describes the device that a run here would use."""
+    """Describes the device that a run on this machine would use."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return Device(properties.name, "cuda", int(properties.total_memory))
@@ -51,8 +51,8 @@ def find_device() -> Device:
 def choose_precision(precision: str, device: torch.device) -> str:
     """Resolves `auto`: bf16 on a GPU that has it in hardware, else fp32.
 
-    A CPU always gets fp32, though some have bf16 too: elsewhere it is hundreds of times slower, and
-    a run should not depend on which of the two machines it met.
+    A CPU always gets fp32, though some have bf16: on the others it is hundreds of times slower, and
+    a run should not depend on the CPU that it happens to get.
 
     Returns:
         `bf16` or `fp32`.
@@ -63,9 +63,16 @@ def choose_precision(precision: str, device: torch.device) -> str:
     return "bf16" if has_bf16 else "fp32"
 
 
+def use_deterministic_kernels() -> None:
+    """Makes torch refuse kernels whose result varies from call to call."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+# FLOP/s
+
 # Dense bf16 with fp32 accumulation, in TFLOP/s, from NVIDIA's data sheets and architecture white
-# papers, where what is printed "with sparsity" is halved. By a part of torch's name for the device,
-# of which the first that fits counts.
+# papers; figures "with sparsity" are halved. By a part of torch's name; the first match counts.
 _PEAK_TERAFLOPS = {
     "B200": 2250.0,
     "H200 NVL": 835.0,
@@ -83,32 +90,28 @@ _PEAK_TERAFLOPS = {
     "RTX 3090": 71.0,
 }
 
-
 _LARGEST_PRODUCT = 8192
-
-
 _MEASURING_SECONDS = 0.2
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Gives a GPU's data-sheet FLOP/s in dense bf16, None for one that is not in the table.
+    """Returns a GPU's data-sheet FLOP/s in dense bf16; None if it is not in the table.
 
     Args:
-        device_name: As `torch.cuda.get_device_name` has it: `NVIDIA H100 80GB HBM3`.
+        device_name: From `torch.cuda.get_device_name`, such as `NVIDIA H100 80GB HBM3`.
     """
-    found = (peak for name, peak in _PEAK_TERAFLOPS.items() if name in device_name)
-    teraflops = next(found, None)
-    return None if teraflops is None else teraflops * 1e12
+    found = (peak * 1e12 for name, peak in _PEAK_TERAFLOPS.items() if name in device_name)
+    return next(found, None)
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measures the FLOP/s of square matrix products: the best of ever larger ones.
+    """Measures the FLOP/s of square matrix products: the best of increasing sizes.
 
-    It ends before a size whose products would take longer than a fifth of a second, so that a CPU
-    that is hundreds of times slower in bf16 does not hold up a run. What a GPU's library takes to
-    begin, which is longer than that, does not count.
+    It stops before a size whose products would take longer than a fifth of a second, so that a CPU
+    that is hundreds of times slower in bf16 does not delay a run. The start of a GPU's library,
+    which takes longer than that, does not count.
     """
-    generator = torch.Generator(device).manual_seed(0)  # a run's own numbers stay what they are
+    generator = torch.Generator(device).manual_seed(0)  # leaves the run's random numbers alone
     best, size = 0.0, 256
     while size <= _LARGEST_PRODUCT:
         matrix = torch.randn(size, size, generator=generator, device=device).to(dtype)
@@ -136,8 +139,11 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+# Memory
+
+
 class Memory(NamedTuple):
-    """Bytes, as in StepRecord."""
+    """Bytes in use by this process on a device."""
 
     now: int
     peak: int
@@ -145,7 +151,7 @@ class Memory(NamedTuple):
 
 
 def measure_memory(device: torch.device) -> Memory:
-    """Asks torch for a GPU's memory, and the system for this process's."""
+    """Measures what torch holds on a GPU, or the resident memory of this process."""
     if device.type == "cuda":
         stats = torch.cuda.memory_stats(device)  # empty before the GPU's first use
         names = ("allocated_bytes.all.current", "allocated_bytes.all.peak")
@@ -155,23 +161,23 @@ def measure_memory(device: torch.device) -> Memory:
 
 
 def _read_peak_memory() -> int:
-    """Reads it where Linux has it: what getrusage gives holds that of the launcher too."""
+    """Returns the peak in bytes, 0 without /proc; getrusage would include the launcher's."""
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 if found else 0
 
 
 def count_free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Counts the host memory, in bytes, that this process can still take: of machine or container.
+    """Returns the host memory, in bytes, that this process can still allocate.
 
     Args:
-        cgroup: Where a container's limits are (version 2).
+        cgroup: The folder of a container's limits (version 2).
     """
     free = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError, KeyError):  # no container, or one without a limit
         limit = int((cgroup / "memory.max").read_text())
         used = int((cgroup / "memory.current").read_text())
         lines = (cgroup / "memory.stat").read_text().splitlines()
-        cached = int(dict(line.split() for line in lines)["inactive_file"])  # given back when asked
+        cached = int(dict(line.split() for line in lines)["inactive_file"])  # can be reclaimed
         free = min(free, limit - used + cached)
     return free

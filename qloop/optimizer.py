@@ -1,15 +1,15 @@
-"""The optimizers: which one updates which weight, what each keeps, and the gradient norm.
+"""The optimizers: which one updates which weight, the state of each, and the gradient norm.
 
-    adamw             all that is trained                                8 bytes a parameter
-    adamw_8bit        matrices; embeddings and small tensors by adamw    2
-    paged_adamw       all but small tensors                              8, which may leave the GPU
-    paged_adamw_8bit  matrices; embeddings by paged_adamw                2, which may leave the GPU
-    muon              matrices of the decoder layers; the rest by adamw  4
+    optimizer         updates                                            state per parameter
+    adamw             all trained parameters                             8 bytes
+    adamw_8bit        matrices; embeddings and small tensors by adamw    2 bytes
+    paged_adamw       all but small tensors, which adamw updates         8 bytes, may leave the GPU
+    paged_adamw_8bit  matrices; embeddings by paged_adamw                2 bytes, may leave the GPU
+    muon              matrices of the decoder layers; the rest by adamw  4 bytes
 
-So a run may have two or three optimizers, each with its own parameters; they stand behind one
-object, `Optimizers`, and follow one learning rate. Of a model that was pretrained with AdamW, Muon
-is reported to make no better one than AdamW would (Liu et al. 2025, arXiv 2502.16982, where they
-finetune).
+So a run may have two or three optimizers, each with its own parameters. One object, `Optimizers`,
+holds them, and they share one learning rate. For a model pretrained with AdamW, Muon is reported to
+be no better than AdamW (Liu et al. 2025, arXiv 2502.16982, on fine-tuning).
 """
 
 import functools
@@ -24,9 +24,9 @@ from qloop.errors import ConfigError
 from qloop.model.activations import find_layers
 
 SMALL_8BIT = 4096
-"""Values from which on bitsandbytes keeps 8-bit moments; smaller tensors are worth no precision."""
+"""Tensors of fewer values keep 32-bit moments; the default of bitsandbytes."""
 SMALL_PAGED = 100_000
-"""Values from which on bitsandbytes puts moments into memory that the GPU may give back."""
+"""Moments of fewer values are not paged; a constant in bitsandbytes."""
 _BLOCK = 256  # values that share a scale in bitsandbytes' 8-bit moments
 _SCALES = ("absmax1", "absmax2")
 _PAGED_NAMES = {"exp_avg": "state1", "exp_avg_sq": "state2"}  # as bitsandbytes calls AdamW's
@@ -35,10 +35,10 @@ Groups = dict[str, dict[str, torch.nn.Parameter]]
 
 
 class Optimizers:
-    """Several optimizers, each with its own parameters, that make a step together."""
+    """Several optimizers that update together, each its own parameters."""
 
     def __init__(self, each: Sequence[torch.optim.Optimizer]) -> None:
-        """Takes them as they are, or as `Accelerator.prepare` gave them back."""
+        """Takes torch's optimizers, or `Accelerator.prepare`'s wrappers."""
         self.each = tuple(each)
 
     @property
@@ -48,7 +48,7 @@ class Optimizers:
 
     @property
     def state(self) -> dict[torch.Tensor, dict[str, Any]]:
-        """What they keep of each parameter; the inner dicts are their own."""
+        """The state of each parameter; the inner dicts are the optimizers' own."""
         return {p: state for optimizer in self.each for p, state in optimizer.state.items()}
 
     def step(self) -> None:
@@ -57,12 +57,12 @@ class Optimizers:
             optimizer.step()
 
     def zero_grad(self) -> None:
-        """Drops all gradients, and their memory."""
+        """Frees all gradients."""
         for optimizer in self.each:
             optimizer.zero_grad()
 
     def describe(self) -> str:
-        """Says what updates how much: `muon 12,288 parameters in 14 tensors, adamw ...`."""
+        """Describes what updates how much: `muon 12,288 parameters in 14 tensors, adamw ...`."""
         sizes: dict[str, list[int]] = {}
         for parameter, kind in self.kinds.items():
             sizes.setdefault(kind, []).append(parameter.numel())
@@ -73,16 +73,16 @@ class Optimizers:
 
     @functools.cached_property
     def kinds(self) -> dict[torch.Tensor, str]:
-        """Which kind of optimizer updates a parameter, as `split_by_optimizer` names them."""
+        """The kind of optimizer that updates a parameter, as `split_by_optimizer` names it."""
         return {p: group["kind"] for group in self.param_groups for p in group["params"]}
 
     def read_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Gives what is kept of a parameter, as `moments_of` names it."""
+        """Returns the state of a parameter, by the names of `moments_of`."""
         optimizer, _, _ = self._places[parameter]
         kind, kept = self.kinds[parameter], optimizer.state.get(parameter, {})
         state = {}
         for name, blank in moments_of(kind, parameter.shape).items():
-            # Nothing is kept of a parameter that has had no gradient yet: all of it starts at 0.
+            # A parameter that has had no gradient yet has no state; all of it starts at 0.
             value = kept[_name_in(kind, name)] if kept else 0.0
             if not isinstance(value, torch.Tensor):  # bitsandbytes counts its steps in Python
                 value = torch.full_like(blank, value, device="cpu")
@@ -90,19 +90,19 @@ class Optimizers:
         return state
 
     def put_state(self, parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        """Replaces what is kept of a parameter.
+        """Replaces the state of a parameter.
 
         Args:
             parameter: Of one of the optimizers.
-            tensors: As `moments_of` names them, where the parameter is.
+            tensors: By the names of `moments_of`, on the parameter's device.
         """
         optimizer, group, place = self._places[parameter]
         kind = self.kinds[parameter]
         if kind in ("adamw", "muon"):
-            # A step count stays where AdamW keeps it: fused, it is beside its parameter.
+            # The step count too: a fused AdamW keeps it on the parameter's device.
             optimizer.state[parameter] = tensors
             return
-        # bitsandbytes makes its constants and its paged memory itself.
+        # bitsandbytes allocates its constants and its paged memory itself.
         optimizer.init_state(optimizer.param_groups[group], parameter, group, place)
         state = optimizer.state[parameter]
         for name, tensor in tensors.items():
@@ -113,7 +113,7 @@ class Optimizers:
 
     @functools.cached_property
     def _places(self) -> dict[torch.Tensor, tuple[Any, int, int]]:
-        """Gives each parameter's optimizer without a wrapper, its group and its place there."""
+        """Each parameter's unwrapped optimizer, the number of its group and its place in it."""
         return {
             parameter: (getattr(optimizer, "optimizer", optimizer), number, place)
             for optimizer in self.each
@@ -123,10 +123,10 @@ class Optimizers:
 
 
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> Optimizers:
-    """Builds what updates the trained parameters: matrices decay; norms, biases, embeddings do not.
+    """Builds the optimizers: matrices decay; norms, biases and embeddings do not.
 
-    The rate is 0 until `set_learning_rate`. Muon's update is scaled so that its root mean square is
-    that of AdamW's, 0.2 of the rate (Liu et al. 2025, arXiv 2502.16982, section 2.2): one rate and
+    The rate is 0 until `set_learning_rate`. Muon's update is scaled to the root mean square of
+    AdamW's, 0.2 of the rate (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that one rate and
     one decay serve both.
 
     Raises:
@@ -148,13 +148,13 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> Optimize
 
 
 def split_by_optimizer(model: torch.nn.Module, optimizer: str) -> Groups:
-    """Says which optimizer updates which trained parameter; in 8 bits embeddings keep 32.
+    """Decides which optimizer updates which trained parameter.
 
-    Embeddings: the gradient of a row comes seldom and large, which 8 bits hold badly (Dettmers et
-    al. 2022, arXiv 2110.02861, section 2.3).
+    Embeddings always keep 32-bit moments: a row's gradients are rare and large, which 8 bits
+    represent badly (Dettmers et al. 2022, arXiv 2110.02861, section 2.3).
 
     Returns:
-        Parameters by kind of optimizer and by name; kinds without any are left out.
+        Parameters by kind of optimizer and by name; kinds without parameters are left out.
 
     Raises:
         ConfigError: Muon, for a model that does not say what its layers are.
@@ -184,35 +184,54 @@ def split_by_optimizer(model: torch.nn.Module, optimizer: str) -> Groups:
     return groups
 
 
-def moments_of(kind: str, shape: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Gives what is saved of a parameter of a kind of optimizer, as tensors without values.
+def split_for_decay(
+    model: torch.nn.Module,
+) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.nn.Parameter]]:
+    """Splits the trained parameters, by name, into those that decay and those that do not.
 
-    Memory that is paged holds what other memory would. Constants that bitsandbytes makes again are
-    not saved: the values of its 8 bits, `qmap1` and `qmap2`.
+    Norms and biases are recognized by having fewer than two dimensions, embeddings by their module.
+    A weight shared by an embedding and the output layer is an embedding.
+    """
+    embeddings = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+    decayed: dict[str, torch.nn.Parameter] = {}
+    spared: dict[str, torch.nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_spared = parameter.ndim < 2 or id(parameter) in embeddings
+            (spared if is_spared else decayed)[name] = parameter
+    return decayed, spared
+
+
+def moments_of(kind: str, shape: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Returns the state to save of a parameter, as tensors on `meta`.
+
+    Paged and other memory hold the same. bitsandbytes' constants, `qmap1` and `qmap2` (the values
+    of its 8-bit codes), are not saved.
 
     >>> {name: moment.nbytes for name, moment in moments_of("adamw_8bit", (64, 128)).items()}
     {'step': 4, 'state1': 8192, 'state2': 8192, 'absmax1': 128, 'absmax2': 128}
     """
-
-    def without_values(sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(sizes, dtype=dtype, device="meta")
-
+    empty = functools.partial(torch.empty, dtype=torch.float32, device="meta")
     if kind == "muon":
-        return {"momentum_buffer": without_values(shape)}
-    step = {"step": without_values(())}
+        return {"momentum_buffer": empty(shape)}
     if kind.endswith("8bit"):
+        states = {name: empty(shape, dtype=torch.uint8) for name in ("state1", "state2")}
         scales = (math.ceil(math.prod(shape) / _BLOCK),)
-        states = {name: without_values(shape, torch.uint8) for name in ("state1", "state2")}
-        return {**step, **states, **{name: without_values(scales) for name in _SCALES}}
-    return {**step, **{name: without_values(shape) for name in _PAGED_NAMES}}
+        return {"step": empty(()), **states, **{name: empty(scales) for name in _SCALES}}
+    return {"step": empty(()), **{name: empty(shape) for name in _PAGED_NAMES}}
 
 
 def count_state_bytes(model: torch.nn.Module, optimizer: str) -> int:
-    """Counts what an optimizer keeps of a model's trained parameters, over all ranks.
+    """Counts the bytes of optimizer state for a model's trained parameters, over all ranks.
 
     Args:
-        model: With `requires_grad` as it will be trained; it needs no values (device "meta").
-        optimizer: As in the config.
+        model: With `requires_grad` set as for training; on any device, `meta` too.
+        optimizer: The config's `optimizer`.
 
     Raises:
         ConfigError: Muon, for a model that does not say what its layers are.
@@ -225,8 +244,38 @@ def count_state_bytes(model: torch.nn.Module, optimizer: str) -> int:
     )
 
 
+def set_learning_rate(optimizer: Optimizers, learning_rate: float) -> None:
+    """Sets the rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def measure_grad_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """Returns the L2 norm over all gradients, as a scalar; NaN or inf if any value is.
+
+    A CPU sums squares in fp64: in fp32 the norm of a large embedding's gradient has an error of
+    half a thousandth, and another error if ranks share it. A GPU's tree sum is exact enough in
+    fp32; in fp64 it would first copy each gradient, to twice its size.
+    """
+    sums_in = {"cpu": torch.float64}
+    norms = [
+        torch.linalg.vector_norm(p.grad, dtype=sums_in.get(p.grad.device.type, torch.float32))
+        for p in parameters
+        if p.grad is not None
+    ]
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64).float()
+    return norm
+
+
+def clip_gradients(
+    parameters: Iterable[torch.nn.Parameter], max_grad_norm: float, grad_norm: torch.Tensor
+) -> None:
+    """Scales all gradients so that their norm, already measured, is at most the limit."""
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
+
+
 def _name_in(kind: str, moment: str) -> str:
-    """Names a moment as its optimizer does."""
+    """Returns the optimizer's own name of a moment."""
     return _PAGED_NAMES.get(moment, moment) if kind == "paged_adamw" else moment
 
 
@@ -244,57 +293,3 @@ def _build(kind: str, groups: list[dict[str, Any]], config: OptimizerConfig) -> 
 
     build = optim.AdamW if kind == "paged_adamw" else optim.AdamW8bit
     return build(groups, min_8bit_size=SMALL_8BIT, is_paged=kind.startswith("paged"), **keys)
-
-
-def split_for_decay(
-    model: torch.nn.Module,
-) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.nn.Parameter]]:
-    """Splits the trained parameters, by name, into those that decay and those that do not.
-
-    Norms and biases are known by having fewer than two dimensions, embeddings by their module. A
-    weight shared by an embedding and the output layer is an embedding.
-    """
-    embeddings = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, torch.nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-    }
-    decayed: dict[str, torch.nn.Parameter] = {}
-    spared: dict[str, torch.nn.Parameter] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_spared = parameter.ndim < 2 or id(parameter) in embeddings
-            (spared if is_spared else decayed)[name] = parameter
-    return decayed, spared
-
-
-def set_learning_rate(optimizer: Optimizers, learning_rate: float) -> None:
-    """Sets the rate of every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-
-
-def measure_grad_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    """Gives the L2 norm over all gradients, changing none; NaN or inf if any value is.
-
-    A CPU sums squares in fp64: in fp32 the norm of a large embedding's gradient is half a
-    thousandth off, and by something else where it is cut over ranks. A GPU adds by a tree, which is
-    exact enough in fp32; in fp64 it would first copy each gradient, to twice its size.
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = [
-        torch.linalg.vector_norm(
-            gradient, dtype=torch.float64 if gradient.device.type == "cpu" else torch.float32
-        )
-        for gradient in gradients
-    ]
-    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64).float()
-    return norm
-
-
-def clip_gradients(
-    parameters: Iterable[torch.nn.Parameter], max_grad_norm: float, grad_norm: torch.Tensor
-) -> None:
-    """Scales all gradients so that their norm, which was measured before, is at most the limit."""
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)

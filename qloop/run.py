@@ -402,8 +402,8 @@ def build_model_and_plan(
         config.lora,
         precision,
         device,
-        config.run.seed,
-        checkpoint.path if checkpoint else None,
+        seed=config.run.seed,
+        checkpoint=checkpoint.path if checkpoint else None,
         is_sharded=placement.engine == "fsdp2",
         reads_weights=reads_weights(accelerator),
     )

@@ -1,4 +1,4 @@
-"""The optimizers: which updates and decays what, what each keeps, and one update by hand."""
+"""The optimizers: which updates and decays what, the state of each, and one update by hand."""
 
 import json
 import math
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon")
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
-# What names tell: Qwen's and GPT-2's norms, any bias, embeddings of tokens and of positions.
+# By name: Qwen's and GPT-2's norms, any bias, embeddings of tokens and of positions.
 SPARED = ("norm.weight", "layernorm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight", ".bias")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "wpe.weight")
 
@@ -129,7 +129,7 @@ def test_adapters_decay(tmp_path):
     assert all("lora_A" in name or "lora_B" in name for name in decayed)
 
 
-def test_embeddings_trained_beside_adapters_do_not_decay_and_an_untied_head_does(tmp_path):
+def test_embeddings_trained_with_adapters_do_not_decay_and_an_untied_head_does(tmp_path):
     model = build_lora(tmp_path, modules_to_save=("embed_tokens", "lm_head"))
     decayed, spared = split_for_decay(model)
     assert [name.split(".")[-4] for name in spared] == ["embed_tokens"]
@@ -186,7 +186,7 @@ def test_the_rate_set_last_counts():
 
 @pytest.mark.parametrize("epsilon", [1e-8, 0.1])
 def test_three_updates_follow_the_formula_of_adamw(epsilon):
-    """Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2: decay beside the moments."""
+    """Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2: decay apart from the moments."""
     model, optimizer = build_linear(
         weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=epsilon
     )
@@ -415,7 +415,7 @@ def test_eight_bit_updates_are_near_those_of_32_bits():
     assert 0 < apart < 0.1 * moved
 
 
-# What is kept
+# State
 
 
 def take_steps(model: torch.nn.Module, built: Optimizers, seed: int = 0) -> None:
@@ -429,9 +429,7 @@ def take_steps(model: torch.nn.Module, built: Optimizers, seed: int = 0) -> None
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "muon"])
-def test_what_is_kept_is_all_that_an_optimizer_has_and_is_of_the_size_that_was_counted(
-    tmp_path, optimizer
-):
+def test_the_state_read_is_all_that_an_optimizer_has_and_of_the_counted_size(tmp_path, optimizer):
     model = build(tmp_path, hidden_size=64, tie_word_embeddings=False)
     built = build_optimizer(model, OptimizerConfig(optimizer=optimizer))
     take_steps(model, built)
@@ -466,7 +464,7 @@ def test_the_bytes_of_a_parameter_of_a_large_matrix(optimizer, expected):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "muon"])
-def test_an_optimizer_that_was_put_what_another_kept_goes_on_like_it(tmp_path, optimizer):
+def test_an_optimizer_with_the_state_of_another_goes_on_like_it(tmp_path, optimizer):
     keys = {"hidden_size": 64, "tie_word_embeddings": False}
     one, other = (build(tmp_path, **keys) for _ in range(2))
     first, second = (
@@ -486,7 +484,7 @@ def test_an_optimizer_that_was_put_what_another_kept_goes_on_like_it(tmp_path, o
 
 
 @pytest.mark.parametrize("optimizer", ["paged_adamw", "paged_adamw_8bit"])
-def test_what_is_put_into_paged_memory_is_read_again(optimizer):
+def test_state_put_into_paged_memory_is_read_again(optimizer):
     """As far as a CPU goes, where bitsandbytes takes other memory instead."""
     model, built = build_matrix(torch.zeros(512, 256), optimizer)
     [kind] = built.kinds.values()
@@ -507,7 +505,7 @@ def test_what_is_put_into_paged_memory_is_read_again(optimizer):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["paged_adamw", "paged_adamw_8bit"])
-def test_a_paged_optimizer_goes_on_from_what_it_kept(optimizer):
+def test_a_paged_optimizer_goes_on_from_its_state(optimizer):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     start = torch.randn(512, 256, device="cuda")
@@ -528,7 +526,7 @@ def take_steps_on_gpu(model: Decoder, built: Optimizers) -> None:
         built.step()
 
 
-def test_a_parameter_without_a_gradient_is_kept_as_it_would_start():
+def test_a_parameter_without_a_gradient_has_the_state_of_the_start():
     model, built = build_matrix(torch.zeros(64, 64), "adamw_8bit")
     kept = built.read_state(model.weight)
     assert set(kept) == {"step", "state1", "state2", "absmax1", "absmax2"}

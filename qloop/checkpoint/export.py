@@ -131,8 +131,8 @@ def _merge(checkpoint: Checkpoint, base: str | None, tell: Callable[[str], None]
             config.lora,
             "fp32",
             torch.device("cpu"),
-            config.run.seed,
-            checkpoint.path,
+            seed=config.run.seed,
+            checkpoint=checkpoint.path,
         )
     except QloopError as error:  # the adapter is as it was written, so it is the base that differs
         raise ConfigError(

@@ -11,8 +11,6 @@ from qloop.errors import ConfigError, join_names
 from qloop.model.state import collect_weights
 from qloop.storage.tensors import SavedTensors, spec_of
 
-ADAPTER_METHODS = ("lora", "qlora")
-
 
 def add_adapters(
     base: PreTrainedModel, config: ModelConfig, lora: LoraConfig, precision: str
@@ -46,7 +44,7 @@ def add_adapters(
         )
     except ValueError as error:  # a layer of a kind that cannot have an adapter
         raise ConfigError(f"lora_target_modules: {', '.join(targets)}: {error}") from error
-    if precision == "bf16":  # autocast sees to types; PEFT would keep inputs in fp32 beside it
+    if precision == "bf16":  # autocast casts; PEFT would cast inputs to fp32 as well
         _keep_input_types(model)
     return model
 
@@ -54,8 +52,8 @@ def add_adapters(
 def load_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
     """Copies a checkpoint's trained tensors into a model whose own are fp32 already.
 
-    `PeftModel.from_pretrained` would pass layers that are trained whole through the base's type,
-    and lose bits on the way.
+    `PeftModel.from_pretrained` would cast layers that are trained whole to the base's type, and
+    lose bits.
 
     Raises:
         CheckpointError: The checkpoint has other tensors.
@@ -70,7 +68,7 @@ def load_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def merge_adapters(model: Any) -> PreTrainedModel:
-    """Adds every adapter to the layer that it belongs to, and gives the plain model.
+    """Adds every adapter to its layer, and returns the model without adapters.
 
     Raises:
         ConfigError: An adapter holds NaN or inf.
@@ -88,21 +86,21 @@ def _keep_input_types(model: torch.nn.Module) -> None:
 
 
 def _refuse_layers(base: PreTrainedModel, key: str, names: tuple[str, ...]) -> None:
-    """Raises a ConfigError for names that PEFT would pass over, or train to no good.
+    """Raises a ConfigError for layers that PEFT would ignore, or train wrongly.
 
-    It complains only when no name at all matches. Of a weight that is both the input and the output
-    embedding it would train one end, and a merged model would write nonsense.
+    PEFT raises only if no name matches at all. Of a weight that is both the input and the output
+    embedding it would train one of the two, and a merged model would write nonsense.
     """
-    named: dict[str, list[torch.nn.Module]] = {name: [] for name in names}
-    for layer, module in base.named_modules():
-        for name in names:
-            if layer == name or layer.endswith(f".{name}"):
-                named[name].append(module)
+    modules = dict(base.named_modules())
+    named = {
+        name: [m for layer, m in modules.items() if layer == name or layer.endswith(f".{name}")]
+        for name in names
+    }
     unknown = [name for name in names if not named[name]]
     if unknown:
         known = {
             layer.rsplit(".", 1)[-1]
-            for layer, module in base.named_modules()
+            for layer, module in modules.items()
             if not list(module.children()) and list(module.parameters(recurse=False))
         }
         raise ConfigError(
@@ -115,7 +113,7 @@ def _refuse_layers(base: PreTrainedModel, key: str, names: tuple[str, ...]) -> N
         if tied:
             raise ConfigError(
                 f"{key}: {', '.join(tied)}: this model ties its input and output embeddings, and "
-                "training one of them alone would tear them apart; leave it out"
+                "training one of them alone would separate them; leave it out"
             )
     packed = [name for name in names if any(_is_4_bit(module) for module in named[name])]
     if packed and key == "modules_to_save":

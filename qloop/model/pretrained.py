@@ -1,4 +1,4 @@
-"""What a user names: the errors it makes, and the description of a model's architecture."""
+"""Loads what a user names: a model's config, its tokenizer and its weights."""
 
 import inspect
 from pathlib import Path
@@ -22,11 +22,11 @@ from qloop.config.keys import ModelConfig
 from qloop.errors import CheckpointError, ConfigError
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError, StrictDataclassError)
-"""What transformers raises when something that a user named cannot be loaded."""
+"""Raised by transformers when something that a user named cannot be loaded."""
 
 
 def load_model_config(config: ModelConfig) -> PreTrainedConfig:
-    """Reads the description of the model's architecture, without its weights.
+    """Loads the model's config: its architecture without its weights.
 
     Raises:
         ConfigError: It cannot be found or read.
@@ -44,10 +44,10 @@ def load_model_config(config: ModelConfig) -> PreTrainedConfig:
 
 
 def check_sizes(model_config: PreTrainedConfig, vocabulary_size: int, max_seq_length: int) -> None:
-    """Checks that the model can read such token ids and such long blocks.
+    """Checks that the model has an embedding for every token id, and a long enough context.
 
     Raises:
-        ConfigError: It cannot; with both numbers.
+        ConfigError: It has not; the message has both numbers.
     """
     text_config = model_config.get_text_config()
     if vocabulary_size > text_config.vocab_size:
@@ -63,8 +63,8 @@ def check_sizes(model_config: PreTrainedConfig, vocabulary_size: int, max_seq_le
         )
     rope = getattr(text_config, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or longest
-    # These take their scale from the longest document of the whole batch, so that beyond the
-    # original context one document would change its neighbours.
+    # These take their scale from the longest document of the batch, so beyond the original context
+    # a document would change its neighbours' positions.
     is_shared = rope.get("rope_type") in ("dynamic", "longrope")
     if is_shared and original and max_seq_length > original:
         raise ConfigError(
@@ -73,27 +73,66 @@ def check_sizes(model_config: PreTrainedConfig, vocabulary_size: int, max_seq_le
         )
 
 
-def cannot_load(key: str, name: str, what: str, error: Exception) -> str:
-    """Says what could not be loaded from where, and why, as transformers puts it."""
-    reason = inspect.cleandoc(str(error)).splitlines()[0] if str(error) else type(error).__name__
-    where = "a folder here" if Path(name).exists() else "no folder here, so a name on the hub"
-    if "FlashAttention" in reason:  # the model is well, but for what it was to attend by
-        return f"attention: {reason.rstrip('.')}; use auto"
-    reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
-    return f"{key}: no {what} could be loaded from {name} ({where}): {reason}"
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer, with every added token made special.
+
+    `split_special_tokens` encodes text that spells a special token as text, but only if the token
+    is marked special, and Qwen2.5 does not mark its `<|fim_prefix|>` and `<|file_sep|>`.
+
+    Raises:
+        ConfigError: There is no tokenizer, or it has no end-of-text token.
+    """
+    name = config.tokenizer_name or config.model_name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=None if config.tokenizer_name else config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+        if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+            # For some kinds of model transformers makes up an empty one.
+            raise ValueError("it has no tokenizer files")
+    except LOADING_ERRORS as error:
+        key = "tokenizer_name" if config.tokenizer_name else "model_name"
+        raise ConfigError(cannot_load(key, name, "tokenizer", error)) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"tokenizer_name: the tokenizer of {name} has no end-of-text token, so the model could "
+            "not learn where a document ends; set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.is_fast:
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        tokenizer.backend_tokenizer.add_special_tokens(
+            [AddedToken(str(token), special=True, normalized=False) for token in added]
+        )
+    return tokenizer
 
 
-def _load_base(
+def load_weights(
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
+    *,
     checkpoint: Path | None = None,
     is_sharded: bool = False,
     reads_weights: bool = True,
 ) -> PreTrainedModel:
-    """Loads a causal LM, from safetensors only, and makes sure that no weight was made up."""
+    """Loads a causal LM, from safetensors only, with every weight from its files.
+
+    Args:
+        config: Names the model; under `qlora` its linear layers get 4 bits.
+        dtype: The type of the weights, or of computing with 4-bit ones.
+        device: Where 4-bit weights are built; others are built on the CPU.
+        checkpoint: A full checkpoint's folder to load instead.
+        is_sharded: Stores 4-bit weights as numbers of `dtype`, which FSDP can shard.
+        reads_weights: False leaves weights other than 4-bit ones uninitialized.
+
+    Raises:
+        ConfigError: It cannot be loaded, is an adapter, or lacks weights.
+        CheckpointError: The same of a checkpoint.
+    """
     name = str(checkpoint or config.model_name)
-    options: dict[str, Any] = _attention(config)
+    options: dict[str, Any] = attention_options(config)
     if config.training_method == "qlora":
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
@@ -113,7 +152,7 @@ def _load_base(
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # refused below, by name
             **options,
         )
     except LOADING_ERRORS as error:
@@ -122,10 +161,10 @@ def _load_base(
         raise ConfigError(cannot_load("model_name", name, "model", error)) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(
-            f"model_name: {name} is an adapter, not a whole model; give its base, or merge the "
-            "two first"
+            f"model_name: {name} is an adapter, not a whole model; give its base, or merge the two"
         )
-    _give_places(model)
+    _allocate(model)
+    _keep_trainable_on_cpu(model)
     misshapen = [name for name, module in model.named_modules() if _is_misshapen(module)]
     wrong = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"], *misshapen)))
     if wrong:
@@ -136,27 +175,44 @@ def _load_base(
     return model
 
 
-def _give_places(model: PreTrainedModel) -> None:
-    """Gives memory, untouched, to weights that were not read.
+def attention_options(config: ModelConfig) -> dict[str, Any]:
+    """Returns the attention for transformers to load with; ours is set later, on the built model.
 
-    Accelerate finds an optimizer's parameters again by their address, and without memory all have
-    the same: every weight but one would silently go untrained.
+    The isolation check decides between `documents` and the model's own.
     """
-    given: dict[int, torch.nn.Parameter] = {}
+    is_ours = config.attention in ("auto", "documents")
+    return {} if is_ours else {"attn_implementation": config.attention}
+
+
+def cannot_load(key: str, name: str, what: str, error: Exception) -> str:
+    """Builds the message: what could not be loaded from where, and transformers' reason."""
+    reason = inspect.cleandoc(str(error)).splitlines()[0] if str(error) else type(error).__name__
+    where = "a folder here" if Path(name).exists() else "no folder here, so a name on the hub"
+    if "FlashAttention" in reason:  # the model exists; its attention is the problem
+        return f"attention: {reason.rstrip('.')}; use auto"
+    reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
+    return f"{key}: no {what} could be loaded from {name} ({where}): {reason}"
+
+
+def _allocate(model: PreTrainedModel) -> None:
+    """Allocates memory for weights that were not read, without touching it.
+
+    Accelerate finds an optimizer's parameters by their address, and on `meta` all have the same
+    one: every weight but one would silently stay untrained.
+    """
+    allocated: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                place = given.setdefault(
-                    id(parameter), torch.nn.Parameter(torch.empty_like(parameter, device="cpu"))
-                )
-                setattr(module, name, place)
+                empty = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"))
+                setattr(module, name, allocated.setdefault(id(parameter), empty))
 
 
 def _keep_trainable_on_cpu(model: PreTrainedModel) -> None:
     """Stops bitsandbytes from repacking 4-bit weights in the first forward pass without gradients.
 
-    It does so on CPUs that have AVX512-BF16, for good, and the repacked weights pass no gradient:
-    training after an evaluation would fail, or go on with gradients missing.
+    On CPUs with AVX512-BF16 it does so for good, and repacked weights pass no gradient: training
+    after an evaluation would fail, or continue with gradients missing.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -164,47 +220,6 @@ def _keep_trainable_on_cpu(model: PreTrainedModel) -> None:
 
 
 def _is_misshapen(module: torch.nn.Module) -> bool:
-    """Whether a 4-bit layer was made of a weight of another shape; transformers does not look."""
+    """Whether a 4-bit layer has a weight of another shape, which transformers does not check."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     return state is not None and tuple(state.shape) != (module.out_features, module.in_features)
-
-
-def _attention(config: ModelConfig) -> dict[str, Any]:
-    """What transformers is told; `documents` is set, and checked, on the model that was built."""
-    own = config.attention in ("auto", "documents")
-    return {} if own else {"attn_implementation": config.attention}
-
-
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer, with every added token made special.
-
-    `split_special_tokens` keeps text that spells a special token as text, but only if the token is
-    marked special, and Qwen2.5 does not mark its `<|fim_prefix|>` and `<|file_sep|>`.
-
-    Raises:
-        ConfigError: There is none, or it has no end token.
-    """
-    name = config.tokenizer_name or config.model_name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name,
-            revision=None if config.tokenizer_name else config.model_revision,
-            trust_remote_code=config.trust_remote_code,
-        )
-        if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
-            # Some kinds of model get one made up, with nothing in it.
-            raise ValueError("it has no tokenizer files")
-    except LOADING_ERRORS as error:
-        key = "tokenizer_name" if config.tokenizer_name else "model_name"
-        raise ConfigError(cannot_load(key, name, "tokenizer", error)) from error
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"tokenizer_name: the tokenizer of {name} has no end-of-text token, so the model could "
-            "not learn where a document ends; set eos_token in its tokenizer_config.json"
-        )
-    if tokenizer.is_fast:
-        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
-        tokenizer.backend_tokenizer.add_special_tokens(
-            [AddedToken(str(token), special=True, normalized=False) for token in added]
-        )
-    return tokenizer

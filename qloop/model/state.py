@@ -1,4 +1,7 @@
-"""What of a model goes into a checkpoint, so that the libraries load the folder as it is."""
+"""The state of a model: the tensors and files to save, parameter counts, fingerprints.
+
+Saved names and files are those that transformers and PEFT load.
+"""
 
 import contextlib
 import copy
@@ -18,13 +21,13 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 def collect_weights(
     model: Any, state: dict[str, torch.Tensor] | None = None
 ) -> tuple[str, dict[str, torch.Tensor]]:
-    """Gives the files' stem and the tensors of what is trained, under the names loading expects.
+    """Returns the stem of the files to save to, and the trained tensors by their saved names.
 
-    They are the model's own tensors, not copies, except where a library has to join or split some.
+    They are the model's own tensors, not copies, unless the published model joins or splits some.
 
     Args:
         model: Unwrapped, with or without adapters.
-        state: Its state where its own is not whole: stand-ins for shards.
+        state: Replaces the model's own state, where that holds shards.
     """
     state = model.state_dict() if state is None else state
     if hasattr(model, "peft_config"):
@@ -41,9 +44,12 @@ def collect_weights(
 
 
 def collect_files(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """Gives everything beside the tensors: configs, tokenizer, a model's own code, by file name.
+    """Returns everything to save besides tensors: configs, tokenizer, the model's own code.
 
-    None of it changes while a run goes on.
+    None of it changes during a run.
+
+    Returns:
+        Contents by file name.
     """
     files = collect_model_files(model)
     with tempfile.TemporaryDirectory() as name:
@@ -52,7 +58,7 @@ def collect_files(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, b
 
 
 def collect_model_files(model: Any) -> dict[str, bytes]:
-    """Gives a model's configs and its own code, by file name."""
+    """Returns a model's configs and its own code: contents by file name."""
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
         folder = Path(name)
         if hasattr(model, "peft_config"):
@@ -67,12 +73,8 @@ def collect_model_files(model: Any) -> dict[str, bytes]:
         return _read_folder(folder)
 
 
-def _read_folder(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
-
-
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Counts all parameters, a 4-bit one as its own size, and those that are trained."""
+    """Counts all parameters, 4-bit ones as if unpacked, and the trained ones."""
     total = trained = 0
     for parameter in model.parameters():
         packed = type(parameter).__name__ == "Params4bit"
@@ -82,12 +84,14 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def fingerprint_weights(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
-    """Hashes names, types, shapes and a spread of some hundred values of every frozen tensor.
+    """Hashes name, type, shape and a sample of some hundred values of every frozen tensor.
 
-    With `dtype`, as if floating-point tensors had that type.
+    It tells a base from another, or from a fine-tuned one, in milliseconds; it does not protect
+    against someone who changes single weights on purpose.
 
-    It tells one base from another, or from a fine-tuned one, in milliseconds; it does not protect
-    from someone who changes single weights on purpose.
+    Args:
+        model: Unwrapped.
+        dtype: Hashes floating-point tensors as if they had this type.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -95,7 +99,7 @@ def fingerprint_weights(model: torch.nn.Module, dtype: torch.dtype | None = None
             continue
         flat = parameter.detach().reshape(-1)
         scales = getattr(parameter, "quant_state", None)  # of a 4-bit weight
-        if scales is not None:  # kept in numbers of one type or another, with the same bytes
+        if scales is not None:  # stored in numbers of another type, the bytes are the same
             flat = flat.view(torch.uint8)
         shape = tuple(parameter.shape) if scales is None else tuple(scales.shape)
         some = flat[:: max(1, flat.numel() // 256)]
@@ -109,3 +113,7 @@ def fingerprint_weights(model: torch.nn.Module, dtype: torch.dtype | None = None
             nested = scales.state2.absmax.double().cpu().numpy().tobytes() if scales.nested else b""
             digest.update(nested)
     return digest.hexdigest()
+
+
+def _read_folder(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}

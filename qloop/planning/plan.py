@@ -118,7 +118,7 @@ def find_placement(
     elif name == "cpu":
         device = Device("CPU", "cpu", int(psutil.virtual_memory().total))
     elif name in DEVICES:
-        device = Device(DEVICES[name][0], "cuda", int(DEVICES[name][1]))
+        device = DEVICES[name]
     else:
         known = join_names([*DEVICES, "cpu"])
         raise ConfigError(f"--device: unknown {name}; choose {known}, and --device_memory_gb")

@@ -252,8 +252,8 @@ def _give_fake_memory(model: torch.nn.Module) -> None:
 
 def _build_fake_batch(model: Any, batch_size: int, length: int) -> MicroBatch:
     ids = torch.empty(batch_size, length, dtype=torch.int64)
-    # Transformers' own attention finds documents by the values of positions. Fake tensors have none;
-    # without positions, each row is one document.
+    # Transformers' own attention finds documents by the values of positions, of which fake tensors
+    # have none; without positions each row is one document.
     by_documents = model.config._attn_implementation == DOCUMENTS
     places: Any = torch.empty_like(ids) if by_documents else None
     micro_batch = MicroBatch(ids, torch.empty_like(ids), places)

@@ -16,7 +16,6 @@ from qloop.checkpoint.manager import CheckpointManager
 from qloop.checkpoint.resume import read_checkpoint, restore
 from qloop.checkpoint.store import CheckpointStore, DamagedError
 from qloop.errors import CheckpointError, LockedError
-from qloop.hardware import count_free_memory
 from qloop.run import Assembly, assemble
 from qloop.storage.filesystem import FileSystem
 from qloop.storage.tensors import (
@@ -388,18 +387,6 @@ def test_a_copy_that_does_not_fit_in_memory_is_not_made(parts, monkeypatch):
     verify(parts.run.checkpoint_path(1))
     assert "does not fit in the 1 kB of free memory" in said[0]
     assert manager._copies.nbytes == 0
-
-
-def test_the_memory_of_a_container_is_its_own(tmp_path):
-    everything = count_free_memory(tmp_path)
-    assert everything > 1 << 20
-    stat = "anon 1\ninactive_file 700\n"
-    files = {"memory.max": "5000", "memory.current": "4000", "memory.stat": stat}
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    assert count_free_memory(tmp_path) == 1700
-    (tmp_path / "memory.max").write_text("max\n")
-    assert count_free_memory(tmp_path) > 1 << 20
 
 
 # A disk that refuses

@@ -41,7 +41,7 @@ def main() -> None:
         config.lora,
         precision,
         accelerator.device,
-        1,
+        seed=1,
         is_sharded=True,
         reads_weights=reads_weights(accelerator),
     )

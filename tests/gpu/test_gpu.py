@@ -1,4 +1,4 @@
-"""What only a GPU can show: its kernels against the references, compiling, and whole runs in bf16.
+"""Tests that need a GPU: its kernels against the references, compiling, and whole runs in bf16.
 
 pytest -m gpu -n 0 tests
 """
@@ -68,7 +68,8 @@ def test_the_loss_is_that_of_all_logits_in_fp32(tmp_path, kind, tied, monkeypatc
     file = write_model_config(
         tmp_path, vocab_size=8192, initializer_range=0.1, tie_word_embeddings=tied
     )
-    model = build_model(ModelConfig(model_config_file=file), LoraConfig(), "bf16", GPU, 0).to(GPU)
+    config = ModelConfig(model_config_file=file)
+    model = build_model(config, LoraConfig(), "bf16", GPU, seed=0).to(GPU)
     generator = torch.Generator().manual_seed(3)
     ids, labels = (torch.randint(1000, (4, 500), generator=generator) for _ in range(2))
     labels[torch.rand(labels.shape, generator=generator) < 0.3] = IGNORED

@@ -1,6 +1,4 @@
-"""Model FLOPs, beside what torch counts while a model runs."""
-
-import time
+"""Model FLOPs against torch's count of a model that runs."""
 
 import bitsandbytes
 import numpy as np
@@ -10,11 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from workspace import ARCHITECTURES, write_model_config
 
-import qloop.model.flops
-from qloop.hardware import measure_matmul_flops, peak_flops
 from qloop.model.flops import (
     Flops,
-    attention_flops,
     build_model_flops,
     count_pairs,
     find_windows,
@@ -41,7 +36,7 @@ def adapt(model, **keys):
 
 
 def run_counted(model) -> tuple[dict[str, int], dict[str, int]]:
-    """What torch counts in one document of LENGTH tokens, forward and backward, by operator."""
+    """Torch's count for one document of LENGTH tokens, forward and backward, by operator."""
     ids = torch.arange(LENGTH)[None]
     with FlopCounterMode(display=False) as forward:
         loss = model(input_ids=ids, use_cache=False).logits.sum()
@@ -96,15 +91,15 @@ def test_a_model_without_memory_has_the_same_flops(tmp_path):
 def test_attention_is_the_causal_part_of_what_eager_attention_computes(tmp_path):
     model = build(tmp_path, "gpt2")  # the others multiply matrices for their rotary positions too
     forward, backward = run_counted(model)
-    ours = attention_flops(model.config, np.array([LENGTH]))
+    ours = build_model_flops(model).of_attention(np.array([LENGTH]))
     # All 24 x 24 pairs there, 24 x 25 / 2 here.
     assert ours.forward * 24 * 2 == forward["aten.bmm"] * 25
     assert ours.backward * 24 * 2 == backward["aten.bmm"] * 25
 
 
 def test_documents_cost_the_square_of_their_own_length(tmp_path):
-    config = build(tmp_path).config  # 2 layers of 2 heads of 16
-    assert attention_flops(config, np.array([3, 1])).forward == 4 * 2 * 2 * 16 * (6 + 1)
+    flops = build_model_flops(build(tmp_path))  # 2 layers of 2 heads of 16
+    assert flops.of_attention(np.array([3, 1])).forward == 4 * 2 * 2 * 16 * (6 + 1)
 
 
 @pytest.mark.parametrize("window", [1, 3, 7, 8, 100])
@@ -127,11 +122,10 @@ def test_windows_are_those_of_the_layers(tmp_path):
 
 
 def test_a_window_makes_a_long_document_cheaper_and_no_short_one(tmp_path):
-    narrow, wide = build(tmp_path, "mistral").config, build(tmp_path, "llama").config
+    narrow, wide = (build_model_flops(build(tmp_path, name)) for name in ("mistral", "llama"))
     for length, is_cheaper in ((8, False), (9, True)):
         lengths = np.array([length])
-        cheaper = attention_flops(narrow, lengths).forward < attention_flops(wide, lengths).forward
-        assert cheaper is is_cheaper
+        assert (narrow.of(lengths) < wide.of(lengths)) is is_cheaper
 
 
 @pytest.mark.parametrize(
@@ -149,47 +143,7 @@ def test_a_micro_batch_costs_its_positions_and_its_documents(tmp_path):
     flops = build_model_flops(build(tmp_path))
     lengths = np.array([5, 9, 2])
     whole = flops.of(lengths)
-    assert whole == sum(flops.linear) * 16 + sum(attention_flops(build(tmp_path).config, lengths))
+    # Two layers of 2 heads of 16, forward and twice as much backward.
+    pairs = 15 + 45 + 3
+    assert whole == sum(flops.linear) * 16 + 3 * 2 * 4 * 2 * 16 * pairs
     assert flops.of(np.array([16])) > whole  # one document, more pairs
-
-
-@pytest.mark.parametrize(
-    ("name", "teraflops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989.0),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA H200", 989.0),
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA L40S", 362.0),
-        ("NVIDIA L4", 121.0),
-        ("NVIDIA GeForce RTX 4090", 165.0),
-    ],
-)
-def test_a_gpu_is_known_by_its_name(name, teraflops):
-    assert peak_flops(name) == teraflops * 1e12
-
-
-def test_an_unknown_gpu_has_no_peak():
-    assert peak_flops("Some Other GPU") is None
-
-
-def test_measuring_a_product_draws_none_of_the_runs_random_numbers():
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    assert measure_matmul_flops(torch.device("cpu"), torch.float32) > 1e6
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_what_a_library_takes_to_begin_does_not_end_the_measuring(monkeypatch):
-    """On a GPU the first product of a process takes half a second, at any size."""
-    sizes = []
-
-    def time_product(matrix):
-        if not sizes:
-            time.sleep(0.5)
-        sizes.append(len(matrix))
-        return 1e-4 * len(matrix) ** 3 / 256**3
-
-    monkeypatch.setattr(qloop.model.flops, "_time_product", time_product)
-    assert measure_matmul_flops(torch.device("cpu"), torch.float32) == pytest.approx(2e4 * 256**3)
-    assert sorted(set(sizes)) == [256, 512, 1024, 2048]

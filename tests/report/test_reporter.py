@@ -18,7 +18,6 @@ from rich.console import Console as RichConsole
 from qloop.config.loading import dump_yaml
 from qloop.data.packing import pack_wrapped
 from qloop.errors import CheckpointError, ConfigError
-from qloop.hardware import measure_memory
 from qloop.model.flops import Flops, ModelFlops
 from qloop.report.console import Console
 from qloop.report.files import EvalResultsFile, LineFile, MetricsFile, read_records
@@ -207,41 +206,6 @@ def test_what_cannot_be_counted_is_none_and_nothing_else_changes():
     record = build_record(make_meter(None))
     assert (record.flops_per_second, record.mfu) == (None, None)
     assert (record.padding_share, record.tokens_per_second) == (0.2, 3.2)
-
-
-def test_memory_on_a_cpu_is_that_of_this_process_and_its_peak_stays():
-    before = measure_memory(torch.device("cpu"))
-    large = torch.ones(50_000_000)  # 200 MB
-    during = measure_memory(torch.device("cpu"))
-    del large
-    after = measure_memory(torch.device("cpu"))
-    assert during.now - before.now > 150_000_000
-    assert after.now < during.now <= during.peak
-    assert after.peak > 0.99 * during.now  # the kernel itself counts to some hundred pages
-    assert after.reserved == after.now
-
-
-def test_memory_of_a_gpu_is_what_torch_allocated_and_nothing_before_its_first_use(monkeypatch):
-    stats: dict[str, int] = {}
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
-    assert measure_memory(torch.device("cuda", 0)) == (0, 0, 0)
-    stats.update(
-        {f"allocated_bytes.all.{name}": size for name, size in (("current", 5), ("peak", 7))}
-    )
-    stats["reserved_bytes.all.current"] = 9
-    assert measure_memory(torch.device("cuda", 0)) == (5, 7, 9)
-
-
-def test_a_peak_is_not_that_of_the_process_that_started_this_one():
-    large = bytearray(300_000_000)
-    code = (
-        "import torch; from qloop.hardware import measure_memory;"
-        "bare = torch.ones(1); print(measure_memory(torch.device('cpu')).peak)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    own = measure_memory(torch.device("cpu")).now
-    assert int(done.stdout) < own
-    del large
 
 
 def test_a_run_says_how_much_of_the_machine_each_step_used(make_config):
