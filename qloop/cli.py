@@ -1,6 +1,6 @@
 """The command line: every config key is a flag of `qloop train`.
 
-Heavy imports happen inside the commands, so that `qloop --help` answers at once.
+Commands import what is heavy themselves, so that `qloop --help` answers at once.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ class TrainCommand(click.Command):
     """A command whose flags are the config's keys, listed by section in its help."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Adds a flag per key; only when this command is the one that runs."""
+        """Adds a flag per key, once the command is used."""
         from qloop.config.keys import iterate_keys
 
         params = super().get_params(ctx)
@@ -32,7 +32,7 @@ class TrainCommand(click.Command):
         ]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the flags under their sections."""
+        """Writes the flags by section."""
         from qloop.config.keys import KEYS, Config
 
         rows: dict[str, list[tuple[str, str]]] = {}
@@ -54,7 +54,7 @@ def cli() -> None:
 
 TRAIN_OPTIONS: dict[str, Any] = {
     "cls": TrainCommand,
-    # Unknown flags are reported by load_config, beside all other problems.
+    # load_config reports unknown flags, together with all other problems.
     "context_settings": {
         "ignore_unknown_options": True,
         "allow_extra_args": True,
@@ -63,7 +63,7 @@ TRAIN_OPTIONS: dict[str, Any] = {
 }
 
 config_option = click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), help="TOML or YAML file of keys"
+    "--config", "config_file", type=click.Path(path_type=Path), help="TOML or YAML file with keys"
 )
 
 
@@ -71,9 +71,9 @@ config_option = click.option(
 @config_option
 @click.pass_context
 def train(ctx: click.Context, /, config_file: Path | None, **flags: str | None) -> None:
-    """Train a model; the same command again goes on where it stopped.
+    """Train a model; the same command, typed again, continues where the run stopped.
 
-    Every key of a config file is a flag, and a flag replaces the file's value.
+    Every key of a config file is also a flag, which replaces the value in the file.
     """
     config, notes = _prepare_run(ctx, config_file, flags)
 
@@ -91,23 +91,23 @@ def train(ctx: click.Context, /, config_file: Path | None, **flags: str | None) 
     type=click.IntRange(min=1),
     default=5,
     show_default=True,
-    help="steps to time, and as many again to trace",
+    help="steps to time; as many more are traced",
 )
 @click.option(
     "--trace",
     type=click.Path(path_type=Path),
     default="profile.json.gz",
     show_default=True,
-    help="file to write, a Chrome trace",
+    help="Chrome trace to write",
 )
 @click.pass_context
 def profile(
     ctx: click.Context, /, config_file: Path | None, steps: int, trace: Path, **flags: str | None
 ) -> None:
-    """Say where the time of a training step goes.
+    """Measure where the time of a training step goes.
 
-    Takes the flags of `qloop train`, makes some steps of that run in a folder of its own, and
-    leaves nothing but a trace: no checkpoint is written, no run is touched.
+    Takes the flags of `qloop train`. Makes a few steps of that run in a temporary folder and writes
+    a trace; the run itself is not touched.
     """
     config, notes = _prepare_run(ctx, config_file, flags)
 
@@ -120,26 +120,35 @@ def profile(
 
 @cli.command(**TRAIN_OPTIONS)
 @config_option
-@click.option("--device", help="h200, h100, a100-80, l40s, rtx4090, cpu and others; the one here")
 @click.option(
-    "--device_memory_gb", type=click.FloatRange(min=0, min_open=True), help="in place of its own"
+    "--device",
+    help="h200, h100, a100-80, l40s, rtx4090, cpu and others; default: the device of this machine",
 )
 @click.option(
-    "--num_processes", type=click.IntRange(min=1), default=1, show_default=True, help="devices"
+    "--device_memory_gb",
+    type=click.FloatRange(min=0, min_open=True),
+    help="memory of a device in gigabytes; default: as its kind has",
+)
+@click.option(
+    "--num_processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="number of devices, one for each process",
 )
 @click.option(
     "--engine",
     type=click.Choice(["ddp", "fsdp2", "zero2", "zero3"]),
     default="ddp",
     show_default=True,
-    help="with several processes",
+    help="how several processes share the work",
 )
 @click.option(
     "--flops_use",
     type=click.FloatRange(0, 1, min_open=True),
     default=0.4,
     show_default=True,
-    help="share of the FLOP/s of the device's matrix products that training reaches, for the time",
+    help="share of the device's matrix-product FLOP/s that training reaches, to estimate the time",
 )
 @click.pass_context
 def plan(
@@ -153,9 +162,10 @@ def plan(
     flops_use: float,
     **flags: str | None,
 ) -> None:
-    """Say what a run would need: memory, disk, time, for each method; and what makes it fit.
+    """Estimate memory, disk space and time of a run for each method, and what makes it fit.
 
-    Takes the flags of `qloop train`. From shapes alone: no weight is read, no corpus, no GPU asked.
+    Takes the flags of `qloop train`. Uses shapes only: reads no weights and no corpus, and needs no
+    GPU.
     """
     config, _ = _prepare_run(ctx, config_file, flags)
 
@@ -178,11 +188,11 @@ def plan(
     show_default=True,
     help="type of the weights",
 )
-@click.option("--base", help="where an adapter's base is now: hub name or folder")
+@click.option("--base", help="hub name or folder of an adapter's base, if it has moved")
 def export(checkpoint: Path, destination: Path, dtype: str, base: str | None) -> None:
-    """Write CHECKPOINT as a plain model directory; adapters are merged into their base.
+    """Write CHECKPOINT as a plain model folder; adapters are merged into their base.
 
-    CHECKPOINT is a checkpoint's folder, or a run's: then its newest good one.
+    CHECKPOINT is the folder of a checkpoint, or that of a run for its newest good checkpoint.
     """
     from qloop.checkpoint.export import export as export_model
     from qloop.report.console import quieten_libraries
@@ -193,7 +203,7 @@ def export(checkpoint: Path, destination: Path, dtype: str, base: str | None) ->
 
 @cli.group()
 def checkpoint() -> None:
-    """Look at a run's checkpoints; nothing is changed."""
+    """Inspect the checkpoints of a run; nothing is changed."""
 
 
 run_argument = click.argument("run", type=click.Path(exists=True, path_type=Path))
@@ -201,9 +211,9 @@ run_argument = click.argument("run", type=click.Path(exists=True, path_type=Path
 
 @checkpoint.command("list")
 @run_argument
-@click.option("--fast", is_flag=True, help="look at names and sizes only, read no file")
+@click.option("--fast", is_flag=True, help="check names and sizes only, read no file")
 def list_(run: Path, fast: bool) -> None:
-    """Show step, size, loss and state of each checkpoint of RUN, and why a bad one is bad."""
+    """Show step, size, loss and state of each checkpoint of RUN, and how it is damaged if it is."""
     from qloop.checkpoint.listing import format_table, list_checkpoints
 
     click.echo(format_table(list_checkpoints(run, not fast), not fast))
@@ -212,9 +222,9 @@ def list_(run: Path, fast: bool) -> None:
 @checkpoint.command()
 @run_argument
 def verify(run: Path) -> None:
-    """Check every byte of each checkpoint of RUN, a run's folder or one checkpoint.
+    """Check every byte of each checkpoint of RUN, the folder of a run or of one checkpoint.
 
-    Ends with 74 if one that a run would go on from is damaged.
+    The exit code is 74 if a checkpoint that the run could continue from is damaged.
     """
     from qloop.checkpoint.listing import list_checkpoints
     from qloop.errors import CheckpointError
@@ -232,13 +242,13 @@ def verify(run: Path) -> None:
 
 
 def main() -> None:
-    """Runs a command; a user's mistake ends in one message and its exit code, no traceback."""
+    """Runs a command; a mistake of the user ends in a message and exit code, not a traceback."""
     code = _run()
     torch = sys.modules.get("torch")
     if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
-        # Everything is written and closed. At the end of the interpreter, threads of
-        # torch.distributed that wait for it are ended within C++ code that cannot be left, which
-        # aborts the process now and then; so one of several processes does without that end.
+        # Everything is written and closed. A normal exit of the interpreter ends the threads of
+        # torch.distributed inside C++ code that cannot be unwound, which aborts the process now
+        # and then.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -264,7 +274,7 @@ def _run() -> int:
 def _prepare_run(
     ctx: click.Context, config_file: Path | None, flags: dict[str, str | None]
 ) -> tuple[Any, list[str]]:
-    """Gives the config that was typed, and what to tell of it, before torch is imported."""
+    """Returns the config that was typed, and notes on its unused keys; does not import torch."""
     from qloop.config.loading import describe_unused, load_config
 
     _stop_with_launcher()
@@ -274,8 +284,8 @@ def _prepare_run(
         raise click.UsageError(f"unexpected {' '.join(stray)}; every value follows its --flag")
     typed = {name: value for name, value in flags.items() if value is not None}
     config, given_in = load_config(config_file, {**typed, **unknown})
-    # Threads that wait busily for each other make a step several times slower on a machine that
-    # has other work too.
+    # Threads that spin while they wait make a step several times slower on a machine with other
+    # work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return config, describe_unused(config, given_in)
 
@@ -283,7 +293,7 @@ def _prepare_run(
 def _stop_with_launcher() -> None:
     """Asks Linux for a SIGTERM when `accelerate launch` ends before this process does.
 
-    With one process, the launcher passes no signal on; with several, it passes on some and ends at
+    With one process, the launcher forwards no signals; with several, it forwards some and ends at
     others. Without a launcher there is nothing to follow: a run may outlive its shell.
     """
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
@@ -292,7 +302,7 @@ def _stop_with_launcher() -> None:
 
 
 def _build_flag(name: str, field: Any) -> click.Option:
-    """Builds the flag of a key; its text is converted and checked where the file's values are."""
+    """Builds the flag of a key; load_config converts and checks its text."""
     default = field.default
     if isinstance(default, tuple):
         shown = ",".join(default) or "none"

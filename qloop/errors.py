@@ -1,34 +1,40 @@
-"""The errors a user can cause or meet, each with the exit code that its command ends with.
+"""The errors a user can cause or meet, each with the exit code of its command.
 
 A message says where, what is wrong, the values, and what to do; the command line prints it without
 a traceback. Anything else that escapes is a crash: a traceback and exit code 1.
 """
 
 import contextlib
+import copyreg
 import errno
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 class QloopError(Exception):
-    """An end of the command that has a reason to tell."""
+    """An end of the command for a reason that its message explains."""
 
     exit_code = 1
-    """The process's."""
+    """That of the process."""
     state = "failed"
-    """What status.json calls it."""
+    """The state in status.json."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the message as it is: ranks send each other errors of any `__init__`."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class ConfigError(QloopError):
-    """A key, a flag, or what one names cannot be used."""
+    """A key, a flag, or something that it names cannot be used."""
 
     exit_code = 78
 
 
 class PlanError(ConfigError):
-    """What a model needs cannot be worked out; it may train all the same."""
+    """The memory that a run needs cannot be computed; it may train all the same."""
 
 
 class DataError(QloopError):
@@ -38,7 +44,7 @@ class DataError(QloopError):
 
 
 class CheckpointError(QloopError):
-    """A checkpoint cannot be written or continued from."""
+    """A checkpoint cannot be written, or a run cannot continue from it."""
 
     exit_code = 74
 
@@ -58,11 +64,11 @@ class DivergenceError(QloopError):
 
 
 class MemoryFullError(QloopError):
-    """The device has no memory left; what was saved is whole."""
+    """The device has no memory left; saved checkpoints are whole."""
 
 
 class StoppedError(QloopError):
-    """The run was asked to stop; all that it has done is saved, and the same command goes on."""
+    """The run was asked to stop; all its steps are saved, and the same command goes on."""
 
     exit_code = 75
     state = "stopped"
@@ -75,7 +81,7 @@ class LockedError(QloopError):
 
 
 class PeerError(QloopError):
-    """Another process of the run has ended, without which this one cannot go on."""
+    """Another process of the run has ended, and this one cannot go on without it."""
 
     def __init__(self, dead: str) -> None:
         super().__init__(
@@ -87,11 +93,11 @@ class PeerError(QloopError):
 
 @contextlib.contextmanager
 def explaining_disk_errors(path: Path) -> Iterator[None]:
-    """Ends a run that cannot write with a message.
+    """Turns the OSErrors of writing to a path into errors that say what to do.
 
     Raises:
         CheckpointError: The disk is full or broken.
-        ConfigError: The path cannot be written to by this user, or at all.
+        ConfigError: The path cannot be written, by this user or by anybody.
     """
     try:
         yield
@@ -103,5 +109,5 @@ def explaining_disk_errors(path: Path) -> Iterator[None]:
 
 
 def join_names(names: list[str], last: str = "or") -> str:
-    """Joins names as one would say them: `full, lora or qlora`."""
+    """Joins names as in a sentence: `full, lora or qlora`."""
     return f" {last} ".join(", ".join(names).rsplit(", ", 1))

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from qloop.config.keys import Config
-from qloop.distributed.accelerator import name_engine
 from qloop.run import Run
 from qloop.storage.folders import show_bytes
 
@@ -17,10 +16,10 @@ def describe_run(run: Run) -> list[str]:
     optimizer = run.engine.optimizer
     lines = [*run.notes, *run.folder.messages, run.prepared.restored]
     lines += [f"run        {run.folder.directory.path}"]
-    lines += describe_ledger(run.data.ledger, run.data.corpus.was_cached)
+    lines += describe_ledger(run.data.describe(), run.data.corpus.was_cached)
     lines += [describe_model(run)]
     rate = run.meter.matmul_flops / 1e12
-    lines += [f"product    {rate:.3g} TFLOP/s in {run.built.precision}, 100% of MFU"]
+    lines += [f"product    {rate:.3g} TFLOP/s in {run.built.placement.precision}, 100% of MFU"]
     if len(optimizer.each) > 1:
         lines += [f"optimizer  {optimizer.describe()}"]
     attention, isolation = run.prepared.attention, run.prepared.isolation
@@ -73,22 +72,22 @@ def describe_ledger(ledger: dict[str, Any], was_cached: bool) -> list[str]:
 def describe_model(run: Run) -> str:
     """Returns the name and size of the model, and where it is trained."""
     settings, accelerator = run.config.model, run.accelerator
-    name = name_engine(accelerator)
+    name = run.built.placement.engine
     is_alone = name == "ddp" and accelerator.num_processes == 1
     engine = "" if is_alone else f", {_ENGINE_NAMES[name]}"
     return (
         f"model      {settings.model_config_file or settings.model_name}: "
         f"{run.built.num_parameters:,} parameters, {run.built.num_trained:,} trained "
-        f"({settings.training_method}, {run.built.precision}, {accelerator.device.type} x "
-        f"{accelerator.num_processes}{engine})"
+        f"({settings.training_method}, {run.built.placement.precision}, "
+        f"{accelerator.device.type} x {accelerator.num_processes}{engine})"
     )
 
 
 def describe_plan(run: Run) -> str:
     """Returns the planned memory, or why there is no plan."""
     plan = run.built.plan
-    if plan is None:
-        return f"memory     {run.built.why_no_plan}"
+    if isinstance(plan, str):
+        return f"memory     {plan}"
     return (
         f"memory     {show_bytes(plan.peak_bytes)} planned at the peak, of "
         f"{show_bytes(plan.placement.device.memory_bytes)} ({plan.describe_parts()})"

@@ -1,7 +1,7 @@
 """Builds a run from its config, in the order in which failures are cheapest.
 
-Five builders, each with a small result: the folder, the data, the model with its plan, the engine,
-the reports. Together they are a `Run`, with which `train.py` makes steps.
+The builders have small results: the folder, the data, the model with its plan, the engine. With the
+reports they are a `Run`, with which `train.py` makes steps.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from qloop.checkpoint.resume import (
     restore,
 )
 from qloop.checkpoint.store import CheckpointStore
-from qloop.config.keys import Config
+from qloop.config.keys import Config, dump_config
 from qloop.config.loading import load_config
 from qloop.data.batches import MicroBatch, StepReader
 from qloop.data.corpus import Corpus, build_corpus, open_corpus
@@ -78,7 +78,7 @@ from qloop.storage.filesystem import FileSystem
 from qloop.storage.folders import write_json
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Folder:
     """The run's folder, and the checkpoint that the run goes on from."""
 
@@ -98,7 +98,7 @@ class HeldOut:
     index: BlockIndex
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Data:
     """The corpus as tokens and blocks, with its tokenizer."""
 
@@ -107,37 +107,39 @@ class Data:
     corpus: Corpus
     index: BlockIndex
     held_out: HeldOut | None
-    ledger: dict[str, Any]
-    """The content of data_report.json."""
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the content of data_report.json: the ledger with the figures of packing."""
+        return describe_corpus(
+            self.corpus, self.index, self.held_out.index if self.held_out else None
+        )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class BuiltModel:
     """The model before an engine wraps it, with its plan and what was chosen for it."""
 
     model: PreTrainedModel
-    precision: str
+    placement: Placement
     num_parameters: int
     num_trained: int
     kernels: Kernels
     recomputation: str
-    plan: Plan | None
-    why_no_plan: str
+    plan: Plan | str
+    """Why there is none, for a model that cannot be simulated."""
     meter: Meter
     provenance: Provenance
-    files: dict[str, bytes]
-    """Of every checkpoint, besides tensors and progress: configs and tokenizer, by name."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Prepared:
-    """The engine with the run's state, and what it takes to make a step."""
+    """The engine with the run's state, checked and ready to make steps."""
 
     engine: Engine
-    target_loss: TargetLoss
-    batches: StepReader
     attention: AttentionChoice
     isolation: Isolation
+    target_loss: TargetLoss
+    batches: StepReader
     restored: str
     """A line about the optimizer's moments if they start anew, else empty."""
     compilation: str
@@ -156,6 +158,7 @@ class Run:
     folder: Folder
     data: Data
     built: BuiltModel
+    prepared: Prepared
     layout: StepLayout
     progress: Progress
     last_step: int
@@ -165,7 +168,6 @@ class Run:
     target_loss: TargetLoss
     batches: StepReader
     meter: Meter
-    prepared: Prepared
     report: Reporter
     checkpoints: CheckpointManager
 
@@ -248,57 +250,42 @@ def _build(
 ) -> Run:
     checkpoint = folder.checkpoint
     progress = checkpoint.progress if checkpoint else Progress()
-    keeps_step = checkpoint is not None and "step_blocks" not in config.run.allow_change
-    layout = divide_step(
-        config.batch,
-        accelerator.num_processes,
-        checkpoint.provenance.step_blocks if checkpoint and keeps_step else None,
-        checkpoint.path if checkpoint else None,
-    )
+    saved_blocks = None
+    if checkpoint and "step_blocks" not in config.run.allow_change:
+        saved_blocks = checkpoint.provenance.step_blocks
+    path = checkpoint.path if checkpoint else None
+    layout = divide_step(config.batch, accelerator.num_processes, saved_blocks, path)
     data = build_data(config, accelerator)
-    last_step = count_steps(
-        config.schedule,
-        config.batch,
-        config.data.max_seq_length,
-        len(data.index),
-        layout.blocks,
-        progress,
+    length, blocks = config.data.max_seq_length, len(data.index)
+    last_step = count_steps(config.schedule, config.batch, length, blocks, layout.blocks, progress)
+    placement = Placement(
+        find_device(),
+        choose_precision(config.model.precision, accelerator.device),
+        name_engine(accelerator),
+        accelerator.num_processes,
+        last_step * layout.accumulation,
+        launcher_recomputes(accelerator),
     )
-    placement = describe_placement(config, accelerator, last_step * layout.accumulation)
-    built = build_model_and_plan(config, data, checkpoint, placement, layout.blocks, accelerator)
+    built = build_model_and_plan(config, data, path, placement, layout, accelerator)
     if checkpoint:
         refuse_other_provenance(checkpoint, built.provenance, config.run.allow_change)
-    on_main(accelerator, lambda: _write_folder(folder.directory, config, data.ledger))
-    prepared = prepare(
-        config,
-        data,
-        built,
-        checkpoint,
-        layout,
-        accelerator,
-        first_blocks=progress.blocks_seen if progress.step < last_step else None,
+    on_main(accelerator, lambda: _write_folder(folder.directory, config, data))
+    first_blocks = progress.blocks_seen if progress.step < last_step else None
+    files = collect_files(built.model, data.tokenizer)
+    prepared = prepare(config, data, built, checkpoint, layout, first_blocks, accelerator)
+    with explaining_disk_errors(folder.directory.logs):
+        report = Reporter(
+            folder.directory, config, progress.step, last_step, accelerator.is_main_process
+        )
+    checkpoints = CheckpointManager(
+        folder.store, config.checkpoint, accelerator, built.provenance, files, report.say
     )
-    report, checkpoints = open_reports(config, folder, built, progress, last_step, accelerator)
     return Run(
-        config=config,
-        notes=notes,
-        accelerator=accelerator,
-        peers=peers,
-        folder=folder,
-        data=data,
-        built=built,
-        layout=layout,
-        progress=progress,
-        last_step=last_step,
-        model=prepared.engine.model,
-        engine=prepared.engine,
-        target_loss=prepared.target_loss,
-        batches=prepared.batches,
-        meter=built.meter,
-        prepared=prepared,
-        report=report,
-        checkpoints=checkpoints,
-    )
+        config=config, notes=notes, accelerator=accelerator, peers=peers, folder=folder, data=data,
+        built=built, prepared=prepared, layout=layout, progress=progress, last_step=last_step,
+        model=prepared.engine.model, engine=prepared.engine, target_loss=prepared.target_loss,
+        batches=prepared.batches, meter=built.meter, report=report, checkpoints=checkpoints,
+    )  # fmt: skip
 
 
 def open_folder(
@@ -316,13 +303,7 @@ def open_folder(
             raise type(error)("\n".join([*messages, str(error)])) from error
 
     checkpoint, messages = on_main(accelerator, choose)
-    return Folder(
-        directory=directory,
-        lock=lock,
-        store=store,
-        checkpoint=checkpoint,
-        messages=tuple(messages),
-    )
+    return Folder(directory, lock, store, checkpoint, tuple(messages))
 
 
 def build_data(config: Config, accelerator: Accelerator) -> Data:
@@ -363,99 +344,52 @@ def build_data(config: Config, accelerator: Accelerator) -> Data:
 
     folder, was_cached = on_main(accelerator, build)
     corpus, index, held_out = on_all(accelerator, lambda: open_all(folder, was_cached))
-    return Data(
-        tokenizer=tokenizer,
-        encoder=encoder,
-        corpus=corpus,
-        index=index,
-        held_out=held_out,
-        ledger=describe_corpus(corpus, index, held_out.index if held_out else None),
-    )
-
-
-def describe_placement(config: Config, accelerator: Accelerator, micro_batches: int) -> Placement:
-    """Describes the devices of this run to its plan."""
-    return Placement(
-        find_device(),
-        choose_precision(config.model.precision, accelerator.device),
-        name_engine(accelerator),
-        accelerator.num_processes,
-        micro_batches,
-        launcher_recomputes(accelerator),
-    )
+    return Data(tokenizer, encoder, corpus, index, held_out)
 
 
 def build_model_and_plan(
     config: Config,
     data: Data,
-    checkpoint: Checkpoint | None,
+    checkpoint: Path | None,
     placement: Placement,
-    step_blocks: int,
+    layout: StepLayout,
     accelerator: Accelerator,
 ) -> BuiltModel:
     """Builds the model on the CPU, plans its memory, and chooses its kernels."""
-    device, precision = accelerator.device, placement.precision
-    memory_before = measure_memory(device).now
+    memory_before = measure_memory(accelerator.device).now
     build = functools.partial(
         build_model,
         config.model,
         config.lora,
-        precision,
-        device,
+        placement.precision,
+        accelerator.device,
         seed=config.run.seed,
-        checkpoint=checkpoint.path if checkpoint else None,
+        checkpoint=checkpoint,
         is_sharded=placement.engine == "fsdp2",
         reads_weights=reads_weights(accelerator),
     )
     model = on_all(accelerator, build)
-    meter = build_meter(data.index, model, memory_before, placement, accelerator)
-    plan, why_no_plan = None, ""
+    dtype = torch.bfloat16 if placement.precision == "bf16" else torch.float32
+    rate = measure_matmul_flops(accelerator.device, dtype) * accelerator.num_processes
+    # Counted here, while the model is whole.
+    meter = Meter(data.index, build_model_flops(model), rate, accelerator.device, memory_before)
+    plan: Plan | str
     try:
         plan = make_plan(config, placement)
+        recomputation = plan.recomputation
     except PlanError as error:  # no reason not to train
-        why_no_plan = str(error)
-    recomputation = plan.recomputation if plan else choose_recomputation(config, placement)
+        plan, recomputation = str(error), choose_recomputation(config, placement)
     kernels = choose_kernels(model, config, placement)
     set_recomputation(model, recomputation, config.model.offload_activations)
-    num_parameters, num_trained = count_parameters(model)
     fingerprints = {
         "corpus": data.corpus.fingerprint,
         "tokenizer": data.encoder.fingerprint,
         # Under FSDP2 only the main rank has read the weights.
         "frozen_weights": on_main(accelerator, lambda: fingerprint_weights(model)),
     }
-    return BuiltModel(
-        model=model,
-        precision=precision,
-        num_parameters=num_parameters,
-        num_trained=num_trained,
-        kernels=kernels,
-        recomputation=recomputation,
-        plan=plan,
-        why_no_plan=why_no_plan,
-        meter=meter,
-        provenance=Provenance(config.model_dump(mode="json"), fingerprints, step_blocks),
-        files=collect_files(model, data.tokenizer),
-    )
-
-
-def build_meter(
-    index: BlockIndex,
-    model: PreTrainedModel,
-    memory_before: int,
-    placement: Placement,
-    accelerator: Accelerator,
-) -> Meter:
-    """Counts the model's FLOPs, while it is whole, and measures those of the devices."""
-    dtype = torch.bfloat16 if placement.precision == "bf16" else torch.float32
-    rate = measure_matmul_flops(accelerator.device, dtype)
-    return Meter(
-        index,
-        build_model_flops(model),
-        rate * accelerator.num_processes,
-        accelerator.device,
-        memory_before,
-    )
+    provenance = Provenance(dump_config(config), fingerprints, layout.blocks)
+    sizes = count_parameters(model)
+    return BuiltModel(model, placement, *sizes, kernels, recomputation, plan, meter, provenance)
 
 
 def prepare(
@@ -464,8 +398,8 @@ def prepare(
     built: BuiltModel,
     checkpoint: Checkpoint | None,
     layout: StepLayout,
-    accelerator: Accelerator,
     first_blocks: int | None,
+    accelerator: Accelerator,
 ) -> Prepared:
     """Wraps the model in its engine, checks attention and loss on it, and restores the moments.
 
@@ -475,15 +409,15 @@ def prepare(
         built: The model and what was chosen for it.
         checkpoint: The run goes on from it.
         layout: Of a step.
-        accelerator: The run's.
         first_blocks: Blocks seen before the next step; None if there is no step left.
+        accelerator: The run's.
     """
     engine = build_engine(accelerator, built.model, config.optimizer, layout.accumulation)
     attention, isolation = set_attention(
         engine.unwrapped,
         built.kernels.attention,
         is_wanted=config.model.attention == DOCUMENTS,
-        precision=built.precision,
+        precision=built.placement.precision,
         vocabulary_size=data.encoder.vocabulary_size,
     )
     target_loss = build_target_loss(
@@ -491,7 +425,7 @@ def prepare(
         built.kernels.loss,
         is_wanted=config.model.loss != "auto",
         device=accelerator.device,
-        precision=built.precision,
+        precision=built.placement.precision,
     )
     restored = ""
     if checkpoint:
@@ -511,15 +445,7 @@ def prepare(
         micro_batch = batches.read(first_blocks).micro_batches[0]
         is_wanted = config.model.compile is True
         compilation = compile_and_warm_up(engine, target_loss, micro_batch, is_wanted)
-    return Prepared(
-        engine=engine,
-        target_loss=target_loss,
-        batches=batches,
-        attention=attention,
-        isolation=isolation,
-        restored=restored,
-        compilation=compilation,
-    )
+    return Prepared(engine, attention, isolation, target_loss, batches, restored, compilation)
 
 
 def compile_and_warm_up(
@@ -559,26 +485,7 @@ def compile_and_warm_up(
         model.train(was_training)
 
 
-def open_reports(
-    config: Config,
-    folder: Folder,
-    built: BuiltModel,
-    progress: Progress,
-    last_step: int,
-    accelerator: Accelerator,
-) -> tuple[Reporter, CheckpointManager]:
-    """Opens the log files, cut back to the run's step, and the checkpoint manager."""
-    with explaining_disk_errors(folder.directory.logs):
-        report = Reporter(
-            folder.directory, config, progress.step, last_step, accelerator.is_main_process
-        )
-    checkpoints = CheckpointManager(
-        folder.store, config.checkpoint, accelerator, built.provenance, built.files, report.say
-    )
-    return report, checkpoints
-
-
-def _write_folder(directory: RunDirectory, config: Config, ledger: dict[str, Any]) -> None:
+def _write_folder(directory: RunDirectory, config: Config, data: Data) -> None:
     with explaining_disk_errors(directory.path):
         directory.create(config)
-        write_json(directory.data_report, ledger)
+        write_json(directory.data_report, data.describe())

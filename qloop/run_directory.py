@@ -53,7 +53,9 @@ class RunDirectory:
                 not be continued, or files of something else.
         """
         if self.config.exists():
-            changes = find_changes(load_config(self.config, {}).config, config)
+            # Older versions wrote paths there that are relative to the working directory.
+            before = load_config(self.config, {}, relative_to=Path()).config
+            changes = find_changes(before, config)
             if changes:
                 shown = "\n  ".join(changes)
                 raise ConfigError(

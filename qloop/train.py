@@ -19,6 +19,7 @@ from qloop.evaluation.completions import sample_completions
 from qloop.evaluation.held_out import evaluate
 from qloop.opening import describe_next, describe_run
 from qloop.planning.advice import explain_out_of_memory
+from qloop.planning.plan import Plan
 from qloop.report.metrics import StepRecord
 from qloop.run import Run, build_run
 from qloop.schedule import learning_rate_at
@@ -171,7 +172,7 @@ def finish(run: Run) -> None:
         )
     run.report.write_results(samples)
     plan = run.built.plan
-    if plan is not None:
+    if isinstance(plan, Plan):
         # A CPU's allocator keeps no statistics: mapped files and waste are in the measured peak.
         on_cpu = run.accelerator.device.type == "cpu"
         extra = ", besides the process without a model" if on_cpu else ""
@@ -189,6 +190,6 @@ def finish(run: Run) -> None:
 def explain_memory(run: Run, error: BaseException) -> BaseException:
     """Returns the error; instead of torch's out of memory, one that says what to change."""
     is_full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    if not is_full or run.built.plan is None:
+    if not is_full or not isinstance(run.built.plan, Plan):
         return error
     return explain_out_of_memory(run.built.plan, run.progress.step + 1, run.meter.measure_peak())

@@ -1,12 +1,13 @@
-"""The command line: what a person types, and what they get to see for a mistake."""
+"""The command line: flags, messages and exit codes of mistakes, help."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from workspace import write_model_config
+from workspace import reset_accelerate, write_model_config
 
 from qloop import __version__
 from qloop.cli import cli, main, train
@@ -33,7 +34,7 @@ def call(monkeypatch):
 
 @pytest.fixture
 def mistake(call, capsys):
-    """Calls `qloop train` with a mistake in its flags; gives the message."""
+    """Calls `qloop train` with a mistake in its flags; returns the message."""
 
     def run_train(*flags: str) -> str:
         with pytest.raises(SystemExit) as caught:
@@ -47,7 +48,7 @@ def mistake(call, capsys):
 
 
 def parse(*flags: str) -> dict[str, str | None]:
-    """The flags as `qloop train` gets them: what was typed, and nothing else."""
+    """Returns the flags as `qloop train` gets them: only those that were typed."""
     parameters = train.make_context("train", list(flags)).params
     return {name: value for name, value in parameters.items() if value is not None}
 
@@ -134,7 +135,7 @@ def test_a_corpus_smaller_than_a_step_ends_in_one_message_and_78(tiny_run):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_refused_run_leaves_no_folder_that_stands_in_its_way(tiny_run, mistake):
+def test_a_refused_run_leaves_no_folder_that_blocks_the_next(tiny_run, mistake):
     mistake(*tiny_run, "--max_seq_length", "64", "--batch_size", "10000")
     assert not Path("output/run").exists()
 
@@ -142,7 +143,7 @@ def test_a_refused_run_leaves_no_folder_that_stands_in_its_way(tiny_run, mistake
 # Mistakes: what the message says
 
 
-def test_an_unknown_flag_comes_beside_wrong_values(mistake):
+def test_an_unknown_flag_is_reported_with_wrong_values(mistake):
     assert mistake("--learning_rat", "1e-5", "--packing", "worst") == (
         "command line: 2 problems\n"
         '  packing: unknown value "worst"; choose best_fit or wrapped\n'
@@ -190,7 +191,7 @@ def test_config_needs_a_file(mistake):
     assert "Option '--config' requires an argument" in mistake("--config")
 
 
-def test_a_lora_flag_beside_full_is_refused(mistake):
+def test_a_lora_flag_with_full_is_refused(mistake):
     assert "lora_rank: has no effect, training_method is full" in mistake("--lora_rank", "8")
 
 
@@ -204,7 +205,7 @@ def test_an_unknown_command_ends_in_78(call, capsys):
 # Flags
 
 
-def test_only_what_was_typed_is_given_on():
+def test_only_typed_flags_are_passed_on():
     assert parse("--max_steps", "500") == {"max_steps": "500"}
 
 
@@ -221,7 +222,7 @@ def test_a_boolean_flag_may_have_a_value(value):
     assert parse("--gradient_checkpointing", value) == {"gradient_checkpointing": value}
 
 
-def test_a_bare_boolean_flag_may_stand_before_another_flag():
+def test_a_bare_boolean_flag_may_precede_another_flag():
     flags = ("--wandb", "--wandb_project", "q-pretraining", "--tensorboard", "--max_steps", "500")
     assert parse(*flags) == {
         "wandb": "true",
@@ -249,6 +250,24 @@ def test_typed_flags_are_in_the_config_that_ran(call, tiny_run):
     assert config.model.gradient_checkpointing == "off"
 
 
+def test_a_run_goes_on_from_another_folder_with_its_written_config(
+    call, tiny_run, tmp_path, monkeypatch, capsys
+):
+    relative = [
+        os.path.relpath(text) if Path(text).is_absolute() else text
+        for text in [*tiny_run, "--max_seq_length", "64"]
+    ]
+    call("train", *relative)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    reset_accelerate()
+    call("train", "--config", "../output/run/config.yaml", "--max_steps", "3")
+    assert (tmp_path / "output/run/checkpoints/checkpoint-3").is_dir()
+    assert "checkpoint-2" in capsys.readouterr().out
+    assert not list(Path().iterdir())
+
+
 # Help
 
 
@@ -262,8 +281,9 @@ def test_help_of_train_names_every_key_with_its_description():
     assert shown.exit_code == 0
     names = [word for word in shown.output.split() if word.startswith("--")]
     for key in iterate_keys():
-        assert f"--{key.name}" in names, key.name
-        assert without_spaces(key.field.description) in without_spaces(shown.output), key.name
+        is_shown = without_spaces(key.field.description) in without_spaces(shown.output)
+        assert f"--{key.name}" in names, f"make TrainCommand list --{key.name}"
+        assert is_shown, f"make _build_flag show the description of {key.name}"
 
 
 def test_help_of_train_shows_the_flags_under_their_sections():
@@ -327,6 +347,6 @@ def test_flags_are_checked_before_anything_heavy_is_imported():
     assert not set(done.stdout.split()) & {"torch", "transformers", "accelerate", "datasets"}
 
 
-def test_the_version_is_told():
+def test_the_version_is_shown():
     shown = CliRunner().invoke(cli, ["--version"])
     assert (shown.exit_code, shown.output) == (0, f"qloop, version {__version__}\n")

@@ -201,7 +201,8 @@ def test_creating_makes_every_folder(run):
 
 
 def test_the_written_config_is_the_one_that_ran(run):
-    config = build_config(learning_rate="1e-4", max_steps="500", output_dir="runs")
+    folders = {"output_dir": "/runs", "data_dir": "/data"}
+    config = build_config(learning_rate="1e-4", max_steps="500", **folders)
     run.create(config)
     assert load_config(run.config, {}).config == config
 

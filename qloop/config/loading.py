@@ -1,8 +1,8 @@
-"""Reads a config from a file and flags, checks the whole, and writes it: what a person types.
+"""Builds a config from a file and flags, checks it as a whole, and writes it.
 
-Every problem found is told in one message, each by its key and the place it stands in.
+One message reports every problem found, by the file or command line that it is in.
 
-    >>> load_config(None, {"learning_rate": "3e-4"}).config.optimizer.learning_rate
+    >>> load_config(None, {"learning_rate": "3e-4"}).config.schedule.learning_rate
     0.0003
 """
 
@@ -18,75 +18,74 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from qloop.config.keys import (
+    FOLDER_OR_NAME_KEYS,
     KEYS,
+    PATH_KEYS,
     PROVENANCE,
+    RESUME_WORDS,
     Config,
     LoraConfig,
     ModelConfig,
+    dump_config,
+    join_path,
     show_value,
 )
 from qloop.errors import ConfigError, join_names
 
 
 class LoadedConfig(NamedTuple):
-    """A config, and for each key that was given the place it came from."""
+    """A config, and where each of its given keys was typed: a file's name or COMMAND_LINE."""
 
     config: Config
     given_in: dict[str, str]
 
 
+class _Entry(NamedTuple):
+    """A value of a key, or what is wrong with it, and where it was typed."""
+
+    source: str
+    key: str
+    value: Any = None
+    problem: str = ""
+
+
 COMMAND_LINE = "command line"
 ALIASES = {"base_model": "model_name"}
-WANDB_KEYS = ("wandb_project",)
-DATA_DIR_KEYS = ("data_dir", "data_type")
 
 
-def load_config(file: Path | None, flags: Mapping[str, str]) -> LoadedConfig:
+def load_config(
+    file: Path | None, flags: Mapping[str, str], relative_to: Path | None = None
+) -> LoadedConfig:
     """Loads a TOML or YAML file, lets flags replace its keys, and checks the whole.
 
     Args:
-        file: A `.toml`, `.yaml` or `.yml` file; none to start from the defaults.
+        file: A `.toml`, `.yaml` or `.yml` file; None to start from the defaults.
         flags: Values as typed on the command line, by key; an unknown name is reported like a wrong
-            value.
+            value. Their paths are relative to the working directory.
+        relative_to: Folder that the file's paths are relative to; the file's own if None.
 
     Raises:
-        ConfigError: With every problem found, by the place it stands in.
+        ConfigError: With every problem found.
     """
-    problems: list[tuple[str, str, str]] = []  # place, key, what is wrong
-    values: dict[str, Any] = {}
-    given_in: dict[str, str] = {}
-    for place, key, value in [*_read_file(file, problems), *_read_flags(flags, problems)]:
-        values[key], given_in[key] = value, place
-
-    # Once more without the wrong values, so that contradictions show in the same message.
-    while True:
-        sections: dict[str, dict[str, Any]] = {}
-        for key, value in values.items():
-            sections.setdefault(KEYS[key].section, {})[key] = value
-        try:
-            config = Config.model_validate(sections)
-            break
-        except ValidationError as error:
-            found: dict[str, list[ErrorDetails]] = {}
-            for detail in error.errors():
-                found.setdefault(str(detail["loc"][1]), []).append(detail)
-            for key, details in found.items():
-                problems.append((given_in[key], key, _describe(details)))
-                del values[key]
-    wrong = {key for _, key, _ in problems}
+    entries = [*(_read_file(file, relative_to) if file else ()), *_read_flags(flags)]
+    problems = [entry for entry in entries if entry.problem]
+    values = {entry.key: entry.value for entry in entries if not entry.problem}
+    given_in = {entry.key: entry.source for entry in entries if not entry.problem}
+    config = _validate(values, given_in, problems)
+    wrong = {problem.key for problem in problems}
     for keys, text in _find_contradictions(config, given_in):
         if not wrong & set(keys):
-            place = next((given_in[key] for key in keys if key in given_in), COMMAND_LINE)
-            problems.append((place, keys[0], text))
+            source = next((given_in[key] for key in keys if key in given_in), COMMAND_LINE)
+            problems.append(_Entry(source, keys[0], problem=text))
     if problems:
         raise ConfigError(_format_problems(problems))
     return LoadedConfig(config, given_in)
 
 
 def describe_unused(config: Config, given_in: Mapping[str, str]) -> list[str]:
-    """Says which keys of the file this run makes no use of, for its opening lines."""
+    """Describes the given keys that have no effect on this run, for its opening lines."""
     lines = []
-    for keys, reason in _unused(config):
+    for keys, reason in _iterate_unused(config):
         given = [key for key in keys if key in given_in]
         if given:
             more = f" and {len(given) - 1} more" if given[1:] else ""
@@ -95,25 +94,28 @@ def describe_unused(config: Config, given_in: Mapping[str, str]) -> list[str]:
 
 
 def dump_yaml(config: Config) -> str:
-    """Writes every key that has a value, by section; `load_config` reads it back the same."""
-    content = config.model_dump(mode="json", exclude_none=True)
+    """Writes every key that has a value, by section, with absolute paths, for `load_config`."""
+    content = {
+        section: {key: value for key, value in values.items() if value is not None}
+        for section, values in dump_config(config).items()
+    }
     return yaml.dump(content, Dumper=_YamlDumper, sort_keys=False)
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-5 is a number, and a key that stands twice is a mistake."""
+    """YAML as people mean it: 1e-5 is a number, and a repeated key is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuses what PyYAML would drop in silence: the first of two equal keys."""
+        """Refuses repeated keys; PyYAML drops all but the last without a word."""
         names = [key.value for key, _ in node.value]
         for name in names:
             if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name} stands twice")
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is given twice")
         return super().construct_mapping(node, deep)
 
 
 class _YamlDumper(yaml.SafeDumper):
-    """Puts quotes around a name such as 1e-5, which our reader would take for a number."""
+    """Puts quotes around a name such as 1e-5, which the loader would take for a number."""
 
 
 _NUMBER = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
@@ -121,25 +123,53 @@ _YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+01
 _YamlDumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
 
 
-def _read_file(
-    file: Path | None, problems: list[tuple[str, str, str]]
-) -> Iterator[tuple[str, str, Any]]:
+def _read_file(file: Path, relative_to: Path | None) -> Iterator[_Entry]:
+    entries = list(_iterate_entries(file))
+    folder = _find_base(file, dict(entries)) if relative_to is None else relative_to
     seen: set[str] = set()
-    for written, value in _iterate_entries(file) if file else ():
-        key = ALIASES.get(written, written)
+    for written, value in entries:
+        key = ALIASES.get(written, str(written))
         if key in seen:
-            problems.append((str(file), key, "given twice"))
+            yield _Entry(str(file), key, problem="given twice")
         elif key not in KEYS:
-            problems.append((str(file), key, f"unknown key{_nearest(key)}"))
+            yield _Entry(str(file), key, problem=f"unknown key{_suggest(key)}")
         elif value is None or value == "":
-            problems.append((str(file), key, "has no value; leave the line out"))
+            yield _Entry(str(file), key, problem="has no value; leave the line out")
         else:
-            yield str(file), key, value
+            yield _Entry(str(file), key, _resolve(key, value, folder))
         seen.add(key)
 
 
+def _find_base(file: Path, values: Mapping[str, Any]) -> Path:
+    """Returns the folder that a file's paths are relative to.
+
+    That is its own, except for a config.yaml in the folder of a run: older versions wrote there
+    what had been typed, relative to the working directory; this one writes absolute paths.
+    """
+    output_dir = Path(str(values.get("output_dir", "/")))
+    is_in_it = file.resolve().parent.parent == output_dir.resolve()
+    return Path() if is_in_it and not output_dir.is_absolute() else file.parent
+
+
+def _resolve(key: str, value: Any, folder: Path) -> Any:
+    """Returns a file's value, relative to the working directory or absolute if it is a path."""
+    if not isinstance(value, str):
+        return value
+    if key in PATH_KEYS:
+        return join_path(folder, value)
+    if key not in FOLDER_OR_NAME_KEYS or value in RESUME_WORDS:
+        return value
+    path = join_path(folder, value)
+    if Path(path).is_dir():
+        return path
+    if value.startswith(("./", "../")):
+        # Without the ./ a folder that is missing would be taken for a model of the hub.
+        return path if Path(path).is_absolute() else f"./{path}"
+    return value
+
+
 def _iterate_entries(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yields what stands under any section's heading, and what stands under none."""
+    """Yields keys and values, those under the heading of any section and those under none."""
     for heading, content in _parse(file).items():
         # An optimizer is a section if it is a table, and a key if it is text or nothing.
         is_table = isinstance(content, dict if heading in KEYS else dict | None)
@@ -165,41 +195,60 @@ def _parse(file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _read_flags(
-    flags: Mapping[str, str], problems: list[tuple[str, str, str]]
-) -> Iterator[tuple[str, str, Any]]:
+def _read_flags(flags: Mapping[str, str]) -> Iterator[_Entry]:
     for key, text in flags.items():
         if key not in KEYS:
-            problems.append((COMMAND_LINE, f"--{key}", f"unknown flag{_nearest(key, '--')}"))
+            problem = f"unknown flag{_suggest(key, '--')}"
+            yield _Entry(COMMAND_LINE, f"--{key}", problem=problem)
             continue
-        field = KEYS[key].field
-        if text == "" and field.annotation != tuple[str, ...]:
-            problems.append((COMMAND_LINE, key, "has no value; leave the flag out"))
-            continue
-        if field.annotation == tuple[str, ...]:
-            yield COMMAND_LINE, key, [name.strip() for name in text.split(",") if name.strip()]
-            continue
-        try:
-            # Only the type: the limits are checked with all other keys.
-            annotation: Any = field.annotation
-            adapter: TypeAdapter[Any] = TypeAdapter(annotation)
-            yield COMMAND_LINE, key, adapter.validate_strings(text)
-        except ValidationError as error:
-            problems.append((COMMAND_LINE, key, _describe(error.errors())))
+        annotation: Any = KEYS[key].field.annotation
+        if annotation == tuple[str, ...]:
+            names = [name.strip() for name in text.split(",") if name.strip()]
+            yield _Entry(COMMAND_LINE, key, names)
+        elif text == "":
+            yield _Entry(COMMAND_LINE, key, problem="has no value; leave the flag out")
+        else:
+            try:
+                # Only the type: the limits are checked with all other keys.
+                adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+                yield _Entry(COMMAND_LINE, key, adapter.validate_strings(text))
+            except ValidationError as error:
+                yield _Entry(COMMAND_LINE, key, problem=_describe(error.errors()))
+
+
+def _validate(
+    values: dict[str, Any], given_in: Mapping[str, str], problems: list[_Entry]
+) -> Config:
+    """Builds a config from the values that can be used; adds the others to the problems."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        sections.setdefault(KEYS[key].section, {})[key] = value
+    try:
+        return Config.model_validate(sections)
+    except ValidationError as error:
+        found: dict[str, list[ErrorDetails]] = {}
+        for detail in error.errors():
+            found.setdefault(str(detail["loc"][1]), []).append(detail)
+    problems += [
+        _Entry(given_in[key], key, problem=_describe(details)) for key, details in found.items()
+    ]
+    # Again without the wrong values, so that the same message can report contradictions.
+    rest = {key: value for key, value in values.items() if key not in found}
+    return _validate(rest, given_in, problems)
 
 
 def _find_contradictions(
     config: Config, given_in: Mapping[str, str]
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields the keys that contradict each other, the one to name first, and what to do."""
+    """Yields keys that contradict each other, first the one to report, and the problem."""
     model, data, schedule = config.model, config.data, config.schedule
-    for keys, reason in _unused(config):
+    for keys, reason in _iterate_unused(config):
         for key in keys:
             if given_in.get(key) == COMMAND_LINE:
                 yield (key,), f"has no effect, {reason}; leave it out"
     for name in config.run.allow_change:
         if name not in KEYS and name not in PROVENANCE:
-            yield ("allow_change",), f'names "{name}", which is no key{_nearest(name)}'
+            yield ("allow_change",), f'names "{name}", which is no key{_suggest(name)}'
     every, save_steps = config.checkpoint.keep_every, config.checkpoint.save_steps
     if every % save_steps:
         yield (
@@ -235,45 +284,39 @@ def _find_contradictions_of_model(
     if model.offload_activations and model.gradient_checkpointing not in ("auto", "full"):
         yield (
             ("offload_activations", "gradient_checkpointing"),
-            "keeps the inputs of layers that are computed again, but gradient_checkpointing is "
+            "keeps the inputs of recomputed layers, but gradient_checkpointing is "
             f"{model.gradient_checkpointing}; use full",
         )
     if model.offload_activations and model.compile is True:
-        yield (
-            ("offload_activations", "compile"),
-            "cannot be compiled; leave one of the two out",
-        )
+        yield ("offload_activations", "compile"), "cannot be compiled; leave out one of the two"
     if optimizer == "muon" and model.training_method != "full":
         yield (
             ("optimizer", "training_method"),
-            f"muon makes steps of whole matrices, but {model.training_method} trains two thin "
-            "factors of each, whose product no such step fits; use adamw or adamw_8bit",
+            f"muon updates whole matrices, but {model.training_method} trains two thin factors of "
+            "each, to whose product its update does not apply; use adamw or adamw_8bit",
         )
     if model.model_config_file and model.tokenizer_name is None:
-        yield ("model_config_file", "tokenizer_name"), "needs tokenizer_name beside it"
+        yield ("model_config_file", "tokenizer_name"), "needs tokenizer_name too"
 
 
-def _unused(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields groups of keys that this config never reads, with the reason."""
+def _iterate_unused(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields groups of keys that have no effect with this config, and the reason."""
     if config.model.training_method == "full":
         yield tuple(LoraConfig.model_fields), "training_method is full"
     if config.data.train_file or config.data.dataset_name:
         name = "train_file" if config.data.train_file else "dataset_name"
-        yield DATA_DIR_KEYS, f"the corpus comes from {name}"
+        yield ("data_dir", "data_type"), f"the corpus comes from {name}"
     if not config.data.dataset_name:
         yield ("dataset_config_name",), "there is no dataset_name"
     if not config.report.wandb:
-        yield WANDB_KEYS, "wandb is off"
+        yield ("wandb_project",), "wandb is off"
     if config.data.eval_file:
         yield ("held_out_share",), "eval_file holds the held-out documents"
     if config.model.model_config_file:
-        yield (
-            ("model_name", "model_revision"),
-            "model_config_file starts from random weights",
-        )
+        yield ("model_name", "model_revision"), "model_config_file starts from random weights"
 
 
-def _nearest(key: str, prefix: str = "") -> str:
+def _suggest(key: str, prefix: str = "") -> str:
     near = difflib.get_close_matches(key.replace("-", "_"), [*KEYS, *ALIASES], n=1, cutoff=0.6)
     if not near:
         return "; see `qloop train --help`"
@@ -298,10 +341,10 @@ _LIMITS = {
 
 
 def _describe(details: list[ErrorDetails]) -> str:
-    """Puts what pydantic finds of a key in our words: what must be, what was given.
+    """Words what pydantic finds wrong with one key: what its value must be, and what it is.
 
-    It has a finding for each type that a key may have, and for each wrong value of a list; the
-    first says enough, but that a boolean is as good as a name.
+    There is an error for each type of the key, and for each wrong item of a list. The first says
+    enough, except that it does not list true and false where a key takes a name or a boolean.
     """
     detail = details[0]
     kind, context, given = detail["type"], detail.get("ctx", {}), show_value(detail["input"])
@@ -323,9 +366,9 @@ def _describe(details: list[ErrorDetails]) -> str:
     return f"{detail['msg']}, got {given}"
 
 
-def _format_problems(problems: list[tuple[str, str, str]]) -> str:
+def _format_problems(problems: list[_Entry]) -> str:
     lines = []
-    for place in dict.fromkeys(place for place, _, _ in problems):
-        here = [f"  {key}: {text}" for where, key, text in problems if where == place]
-        lines += [f"{place}: {len(here)} problem{'s' if len(here) > 1 else ''}", *here]
+    for source in dict.fromkeys(problem.source for problem in problems):
+        here = [f"  {key}: {text}" for where, key, _, text in problems if where == source]
+        lines += [f"{source}: {len(here)} problem{'s' if len(here) > 1 else ''}", *here]
     return "\n".join(lines)

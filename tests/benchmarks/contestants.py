@@ -263,7 +263,7 @@ def run_qloop(setup: Setup, **keys: str) -> list[Record]:
         seconds = step["target_tokens"] / step["tokens_per_second"]
         flops = step["flops_per_second"] * seconds
         records.append(Record(seconds, step["target_tokens"], flops, step["peak_memory_bytes"]))
-    if run.built.plan is not None:
+    if not isinstance(run.built.plan, str):
         planned.append(run.built.plan.peak_bytes)
     return records
 

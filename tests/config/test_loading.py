@@ -1,20 +1,19 @@
-"""The config: what replaces what, what is refused, and how the person is told."""
+"""Loading a config: what replaces what, what is refused, and with which message."""
 
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
-from qloop.config.keys import KEYS, MAY_CHANGE, Config, find_changes, iterate_keys
+from qloop.config.keys import FOLDER_OR_NAME_KEYS, KEYS, PATH_KEYS, Config, find_changes
 from qloop.config.loading import LoadedConfig, describe_unused, dump_yaml, load_config
 from qloop.errors import ConfigError
-
-CONFIGS = Path(__file__).parents[2] / "configs"
+from qloop.run_directory import RunDirectory
 
 # The block of the document that asked for qloop, to the letter.
 SEED_YAML = """\
@@ -63,14 +62,6 @@ def refusal_of_flags(**flags: str) -> str:
     return str(caught.value)
 
 
-def problems_of(file: Path) -> list[str]:
-    try:
-        load_config(file, {})
-    except ConfigError as error:
-        return str(error).splitlines()[1:]
-    return []
-
-
 def value_of(config: Config, name: str) -> object:
     return getattr(getattr(config, KEYS[name].section), name)
 
@@ -78,7 +69,7 @@ def value_of(config: Config, name: str) -> object:
 # Precedence
 
 
-def test_without_file_and_flags_there_are_the_defaults():
+def test_without_file_and_flags_all_keys_have_their_defaults():
     assert load_config(None, {}) == (Config(), {})
 
 
@@ -98,9 +89,9 @@ def test_a_flag_replaces_even_a_wrong_value_of_the_file():
     assert load("batch_size = 0\n", batch_size="4").config.batch.batch_size == 4
 
 
-def test_the_origin_of_each_given_key_is_known():
-    origins = load("learning_rate = 3e-4\nbatch_size = 2\n", learning_rate="1e-5").given_in
-    assert origins == {"learning_rate": "command line", "batch_size": "config.toml"}
+def test_it_is_known_where_each_key_was_typed():
+    given_in = load("learning_rate = 3e-4\nbatch_size = 2\n", learning_rate="1e-5").given_in
+    assert given_in == {"learning_rate": "command line", "batch_size": "config.toml"}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +153,7 @@ def test_a_flag_with_hyphens_names_the_one_with_underscores():
         load_config(None, {"learning-rate": "1e-5"})
 
 
-def test_a_name_that_is_near_to_none_leads_to_the_help():
+def test_a_name_that_resembles_no_key_leads_to_the_help():
     assert "zzzz: unknown key; see `qloop train --help`" in refusal_of("zzzz = 1")
     assert "--zzzz: unknown flag; see `qloop train --help`" in refusal_of_flags(zzzz="1")
 
@@ -263,7 +254,7 @@ def test_the_limit_of_a_number_is_written_as_a_person_would():
 
 @pytest.mark.parametrize("key", ["model_name", "train_file", "output_dir", "experiment_name"])
 def test_an_empty_text_is_no_value(key):
-    """An unset shell variable must not turn into the folder one stands in."""
+    """An unset shell variable must not turn into the working directory."""
     refusal = f"{key}: has no value; leave the"
     assert f"{refusal} line out" in refusal_of(f'{key} = ""')
     assert f"{refusal} flag out" in refusal_of_flags(**{key: ""})
@@ -318,7 +309,7 @@ def test_problems_of_file_and_command_line_come_in_one_message():
     )
 
 
-def test_problems_are_grouped_by_their_origin():
+def test_problems_are_grouped_by_where_they_are():
     text = "learning_rat = 1e-5\nsave_steps = 0\n[model]\nbatch_size = 0\n"
     lines = refusal_of(text, ".toml", seed="x", packing="worst").splitlines()
     groups = dict.fromkeys(line for line in lines if not line.startswith(" "))
@@ -331,7 +322,7 @@ def test_problems_are_grouped_by_their_origin():
     ]
 
 
-def test_a_contradiction_comes_beside_a_wrong_value():
+def test_a_contradiction_comes_next_to_a_wrong_value():
     text = refusal_of('batch_size = 0\ntrain_file = "a"\ndataset_name = "b"\n')
     assert text == (
         "config.toml: 2 problems\n"
@@ -367,8 +358,8 @@ def test_a_key_and_its_alias_are_one_key():
     ],
     ids=["key", "key of a section", "section"],
 )
-def test_what_stands_twice_in_yaml_is_refused(text):
-    """TOML's own reader refuses it; none of the two may be dropped in silence."""
+def test_a_repeated_key_in_yaml_is_refused(text):
+    """As in TOML; PyYAML alone would drop one of the two without a word."""
     assert refusal_of(text, ".yaml").startswith("config.yaml: ")
 
 
@@ -474,7 +465,7 @@ def test_base_model_is_model_name():
     assert loaded.given_in == {"model_name": "config.yaml"}
 
 
-def test_the_lora_keys_of_the_seed_block_are_told_to_be_unused():
+def test_the_lora_keys_of_the_seed_block_are_reported_as_unused():
     assert describe_unused(*load(SEED_YAML, ".yaml")) == [
         "config.yaml: lora_rank and 2 more: not used, training_method is full"
     ]
@@ -487,20 +478,20 @@ def test_with_lora_every_key_of_the_seed_block_is_used():
 # Keys that contradict each other, or have no effect
 
 
-def test_a_typed_lora_flag_is_refused_beside_full():
+def test_a_typed_lora_flag_is_refused_with_full():
     assert refusal_of_flags(lora_rank="8") == (
         "command line: 1 problem\n  lora_rank: has no effect, training_method is full; leave it out"
     )
 
 
-def test_a_lora_key_of_a_file_is_told_to_be_unused_beside_full():
+def test_a_lora_key_of_a_file_is_reported_as_unused_with_full():
     loaded = load("lora_rank = 8\n")
     assert loaded.config.lora.lora_rank == 8
     assert describe_unused(*loaded) == ["config.toml: lora_rank: not used, training_method is full"]
 
 
 @pytest.mark.parametrize("training_method", ["lora", "qlora"])
-def test_a_typed_lora_flag_is_taken_beside_adapters(training_method):
+def test_a_typed_lora_flag_is_taken_with_adapters(training_method):
     config = load_flags(training_method=training_method, lora_rank="8")
     assert config.lora.lora_rank == 8
 
@@ -517,11 +508,11 @@ def test_adapters_on_random_weights_are_refused(training_method):
 
 def test_random_weights_need_a_tokenizer():
     assert refusal_of_flags(model_config_file="config.json") == (
-        "command line: 1 problem\n  model_config_file: needs tokenizer_name beside it"
+        "command line: 1 problem\n  model_config_file: needs tokenizer_name too"
     )
 
 
-def test_a_typed_base_is_refused_beside_random_weights():
+def test_a_typed_base_is_refused_with_random_weights():
     flags = {"model_config_file": "config.json", "tokenizer_name": "folder", "model_name": "a/b"}
     assert refusal_of_flags(**flags) == (
         "command line: 1 problem\n"
@@ -564,7 +555,7 @@ def test_a_warm_up_that_nobody_gave_is_called_the_default():
     )
 
 
-def test_a_problem_with_a_default_stands_where_the_other_key_was_given():
+def test_a_problem_with_a_default_is_reported_where_the_other_key_was_given():
     assert refusal_of("max_steps = 50\n") == (
         "config.toml: 1 problem\n"
         "  warmup_steps: must be below max_steps = 50, got 100 (the default)"
@@ -573,14 +564,14 @@ def test_a_problem_with_a_default_stands_where_the_other_key_was_given():
 
 @pytest.mark.parametrize("corpus", ["train_file", "dataset_name"])
 @pytest.mark.parametrize("name", ["data_type", "data_dir"])
-def test_a_typed_data_folder_is_refused_beside_another_corpus(corpus, name):
+def test_a_typed_data_folder_is_refused_with_another_corpus(corpus, name):
     assert refusal_of_flags(**{corpus: "a", name: "raw"}) == (
         "command line: 1 problem\n"
         f"  {name}: has no effect, the corpus comes from {corpus}; leave it out"
     )
 
 
-def test_a_data_folder_of_a_file_is_told_to_be_unused_beside_a_typed_corpus():
+def test_a_data_folder_of_a_file_is_reported_as_unused_with_a_typed_corpus():
     loaded = load('data_type = "raw"\n', train_file="a.jsonl")
     assert describe_unused(*loaded) == [
         "config.toml: data_type: not used, the corpus comes from train_file"
@@ -598,7 +589,7 @@ def test_a_typed_wandb_project_is_taken_with_wandb():
     assert config.report.wandb_project == "q-pretraining"
 
 
-def test_a_typed_held_out_share_is_refused_beside_an_eval_file():
+def test_a_typed_held_out_share_is_refused_with_an_eval_file():
     assert "held_out_share: has no effect" in refusal_of_flags(
         eval_file="b.jsonl", held_out_share="0.1"
     )
@@ -608,24 +599,35 @@ def test_a_typed_dataset_config_is_refused_without_a_dataset():
     assert "dataset_config_name: has no effect" in refusal_of_flags(dataset_config_name="q")
 
 
-# The config itself
+def test_offloading_needs_recomputation_and_no_compilation():
+    with pytest.raises(ConfigError, match=r"offload_activations: keeps the inputs.*use full"):
+        load_flags(offload_activations="true", gradient_checkpointing="selective")
+    with pytest.raises(ConfigError, match="offload_activations: cannot be compiled"):
+        load_flags(offload_activations="true", compile="true")
 
 
-@pytest.mark.parametrize("section", Config.model_fields)
-def test_a_config_cannot_be_changed(section):
-    config = Config()
-    with pytest.raises(ValidationError, match="frozen"):
-        setattr(config, section, None)
-    part = getattr(config, section)
-    for name in type(part).model_fields:
-        with pytest.raises(ValidationError, match="frozen"):
-            setattr(part, name, None)
+def test_muon_is_refused_for_adapters():
+    for method in ("lora", "qlora"):
+        text = refusal_of_flags(optimizer="muon", training_method=method)
+        assert f"optimizer: muon updates whole matrices, but {method} trains two" in text
+    assert load_flags(optimizer="adamw_8bit", training_method="qlora")
 
 
-def test_names_of_keys_are_unique_over_all_sections():
-    names = [key.name for key in iterate_keys()]
-    assert len(names) == len(set(names))
-    assert set(names) & set(Config.model_fields) == {"optimizer"}, "told apart by their values"
+def test_allow_change_names_keys_and_what_a_run_is_made_of():
+    assert load_flags(allow_change="corpus,lora_rank").run.allow_change == ("corpus", "lora_rank")
+    with pytest.raises(
+        ConfigError, match=r'allow_change: names "lora_rnk".*did you mean lora_rank'
+    ):
+        load_flags(allow_change="lora_rnk")
+
+
+def test_keep_every_must_fall_on_saves():
+    assert load_flags(save_steps="50", keep_every="100").checkpoint.keep_every == 100
+    with pytest.raises(ConfigError, match="keep_every: must be a multiple of save_steps = 50"):
+        load_flags(save_steps="50", keep_every="75")
+
+
+# Keys that take several types
 
 
 @pytest.mark.parametrize(
@@ -642,50 +644,12 @@ def test_an_optimizer_without_a_value_is_not_taken_for_an_empty_section():
     )
 
 
-def test_every_key_has_a_description_of_one_line():
-    for key in iterate_keys():
-        assert key.field.description, key.name
-        assert "\n" not in key.field.description, key.name
-
-
-def test_defaults_are_those_of_the_seed():
-    seed = {
-        "max_seq_length": 2048,
-        "learning_rate": 2e-5,
-        "batch_size": 1,
-        "gradient_accumulation_steps": 8,
-        "warmup_steps": 100,
-        "save_steps": 50,
-        "lora_rank": 16,
-        "lora_alpha": 32,
-        "lora_dropout": 0.1,
-        "model_name": "Qwen/Qwen2.5-7B-Instruct",
-        "gradient_checkpointing": "auto",  # there: on; here: as far as the memory asks for it
-        "output_dir": Path("output"),
-    }
-    assert {name: value_of(Config(), name) for name in seed} == seed
-
-
 @pytest.mark.parametrize(
     ("typed", "mode"),
     [("true", "full"), ("false", "off"), ("selective", "selective"), ("auto", "auto")],
 )
 def test_gradient_checkpointing_takes_a_switch_or_a_name(typed, mode):
     assert load_flags(gradient_checkpointing=typed).model.gradient_checkpointing == mode
-
-
-def test_offloading_what_is_not_recomputed_or_compiled_is_a_contradiction():
-    with pytest.raises(ConfigError, match=r"offload_activations: keeps the inputs.*use full"):
-        load_flags(offload_activations="true", gradient_checkpointing="selective")
-    with pytest.raises(ConfigError, match="offload_activations: cannot be compiled"):
-        load_flags(offload_activations="true", compile="true")
-
-
-def test_muon_is_refused_for_adapters():
-    for method in ("lora", "qlora"):
-        text = refusal_of_flags(optimizer="muon", training_method=method)
-        assert f"optimizer: muon makes steps of whole matrices, but {method} trains two" in text
-    assert load_flags(optimizer="adamw_8bit", training_method="qlora")
 
 
 # Written and read again
@@ -708,7 +672,11 @@ def read_again(config: Config) -> Config:
         },
     ),
     run=st.fixed_dictionaries(
-        {"seed": st.integers(0, 2**32 - 1), "deterministic": st.booleans()},
+        {
+            "seed": st.integers(0, 2**32 - 1),
+            "deterministic": st.booleans(),
+            "output_dir": st.just("/runs"),
+        },
         optional={
             "experiment_name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True)
         },
@@ -724,7 +692,10 @@ def read_again(config: Config) -> Config:
 )
 def test_what_is_written_is_read_back_the_same(schedule, run, lora, report):
     config = Config.model_validate(
-        {"schedule": schedule, "run": run, "lora": lora, "report": report}
+        {
+            **{"schedule": schedule, "run": run, "lora": lora, "report": report},
+            "data": {"data_dir": "/data"},
+        }
     )
     assert read_again(config) == config
 
@@ -741,132 +712,182 @@ def test_a_key_without_value_is_not_written():
     assert "max_steps" not in dump_yaml(Config())
 
 
-# What makes another run
+# Relative paths: those of a file start at its folder
 
 
-def test_changed_keys_are_shown_with_both_values():
-    before = load_flags(learning_rate="2e-5", model_name="a/b")
-    after = load_flags(learning_rate="1e-4", model_name="c/d", num_epochs="2")
-    assert find_changes(before, after) == [
-        'model_name: "a/b" -> "c/d"',
-        "learning_rate: 2e-05 -> 0.0001",
-    ]
+path_keys = pytest.mark.parametrize("key", sorted(PATH_KEYS | FOLDER_OR_NAME_KEYS))
+name_keys = pytest.mark.parametrize("key", sorted(FOLDER_OR_NAME_KEYS))
 
 
-def test_a_run_does_not_differ_from_itself():
-    assert find_changes(load_flags(seed="7"), load_flags(seed="7")) == []
+def load_path(file: Path | str, key: str, path: Path | str, **options: Any) -> str:
+    """Returns the value of a key in a config file that gives it this path."""
+    companion = 'tokenizer_name = "owner/name"\n' if key == "model_config_file" else ""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text(f'{key} = "{path}"\n{companion}', encoding="utf-8")
+    return str(value_of(load_config(Path(file), **{"flags": {}, **options}).config, key))
 
 
-def test_keys_that_may_change_make_no_other_run():
-    changed = {
-        "experiment_name": "b",
-        "output_dir": "elsewhere",
-        "resume": "never",
-        "cache_dir": "cache",
-        "max_steps": "500",
-        "num_epochs": "2",
-        "eval_steps": "7",
-        "eval_batch_size": "7",
-        "num_samples": "7",
-        "sample_tokens": "7",
-        "save_steps": "7",
-        "keep_checkpoints": "7",
-        "keep_every": "14",
-        "keep_best": "false",
-        "async_checkpoint": "false",
-        "max_failed_saves": "7",
-        "share_above_gb": "7",
-        "allow_change": "corpus",
-        "log_steps": "7",
-        "wandb": "true",
-        "wandb_project": "b",
-        "tensorboard": "true",
-        "loss": "logits",
-        "gradient_checkpointing": "full",
-        "offload_activations": "true",
-    }
-    assert changed.keys() == MAY_CHANGE
-    after = load_flags(**changed)
-    assert all(value_of(after, name) != value_of(Config(), name) for name in changed)
-    assert find_changes(Config(), after) == []
-
-
-def test_a_key_that_is_allowed_to_change_makes_no_other_run():
-    before, after = load_flags(seed="7"), load_flags(seed="8", allow_change="seed")
-    assert find_changes(before, after) == []
-    assert find_changes(after, before) == ["seed: 8 -> 7"]
-
-
-def test_allow_change_names_keys_and_what_a_run_is_made_of():
-    assert load_flags(allow_change="corpus,lora_rank").run.allow_change == ("corpus", "lora_rank")
-    with pytest.raises(
-        ConfigError, match=r'allow_change: names "lora_rnk".*did you mean lora_rank'
-    ):
-        load_flags(allow_change="lora_rnk")
-
-
-def test_keep_every_must_fall_on_saves():
-    assert load_flags(save_steps="50", keep_every="100").checkpoint.keep_every == 100
-    with pytest.raises(ConfigError, match="keep_every: must be a multiple of save_steps = 50"):
-        load_flags(save_steps="50", keep_every="75")
-
-
-# The files in configs/
-
-KEY_LINE = re.compile(r"^(?:# )?([a-z][a-z0-9_]*) = ")
-COMMENTED_KEY_LINE = re.compile(r"^(?:# )?[a-z][a-z0-9_]* = \S.*? # \S")
-
-config_files = pytest.mark.parametrize(
-    "file", sorted(CONFIGS.glob("*.toml")), ids=lambda file: file.name
+@path_keys
+@pytest.mark.parametrize(
+    ("file", "path", "value"),
+    [
+        ("config.toml", "base", "base"),
+        ("config.toml", "owner/base", "owner/base"),
+        ("config.toml", "./base", "base"),
+        ("configs/config.toml", "base", "configs/base"),
+        ("configs/config.toml", "./base/", "configs/base"),
+        ("configs/config.toml", "../base", "base"),
+        ("configs/config.toml", "../base/../base", "base"),
+        ("configs/own/config.toml", "../../qloop/base", "qloop/base"),
+        ("configs/own/config.toml", "../../../elsewhere/base", "../elsewhere/base"),
+    ],
 )
+def test_a_relative_path_starts_at_the_folder_of_its_file(
+    key, file, path, value, tmp_path, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path(value).mkdir(parents=True)
+    assert load_path(file, key, path) == value
+    assert load_path(Path(file).absolute(), key, path) == str(Path(value).resolve())
 
 
-def test_there_is_a_config_for_the_demo_and_each_method():
-    names = [file.name for file in sorted(CONFIGS.glob("*.toml"))]
-    assert names == ["demo.toml", "full.toml", "lora.toml", "qlora.toml"]
+@path_keys
+def test_an_absolute_path_stays_as_it_is(key, tmp_path):
+    assert load_path("configs/config.toml", key, tmp_path / "base") == str(tmp_path / "base")
 
 
-@config_files
-def test_a_shipped_config_loads(file):
-    config = load_config(file, {}).config
-    method = "full" if file.stem == "demo" else file.stem
-    assert config.model.training_method == method
+@path_keys
+def test_a_path_goes_up_from_where_a_link_leads(key, tmp_path):
+    (tmp_path / "real/configs").mkdir(parents=True)
+    (tmp_path / "real/base").mkdir()
+    (tmp_path / "configs").symlink_to("real/configs")
+    value = load_path("configs/config.toml", key, "../base")
+    assert Path(value).resolve() == tmp_path / "real/base"
 
 
-@config_files
-def test_a_shipped_config_mentions_every_key_once_under_its_section(file):
-    section, found = "", []
-    for line in file.read_text().splitlines():
-        if line.startswith("["):
-            section = line[1 : line.index("]")]
-        elif match := KEY_LINE.match(line):
-            found.append((section, match[1]))
-    assert found == [(key.section, key.name) for key in iterate_keys()]
+@path_keys
+def test_a_path_in_a_linked_file_starts_at_the_folder_of_the_link(key, tmp_path):
+    """The name that the user gave decides."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "real").mkdir()
+    (tmp_path / "config.toml").symlink_to("real/config.toml")
+    assert load_path("config.toml", key, "./base") == "base"
 
 
-@config_files
-def test_every_key_of_a_shipped_config_has_a_comment(file):
-    lines = [line for line in file.read_text().splitlines() if KEY_LINE.match(line)]
-    assert [line for line in lines if not COMMENTED_KEY_LINE.match(line)] == []
+@path_keys
+def test_a_path_on_the_command_line_starts_at_the_working_directory(key):
+    Path("configs/base").mkdir(parents=True)
+    value = load_path("configs/config.toml", key, "./other", flags={key: "base"})
+    assert value == "base"
 
 
-@config_files
-def test_an_example_behind_a_mark_is_a_value_that_the_key_takes(file):
-    """Brought back alone it may need another key or contradict one, but is never malformed."""
-    text = file.read_text()
-    for line in text.splitlines():
-        if line.startswith("# ") and KEY_LINE.match(line):
-            Path("config.toml").write_text(text.replace(line, line[2:]))
-            problems = problems_of(Path("config.toml"))
-            assert all(re.search("contradicts|needs|adapts", problem) for problem in problems), line
+def test_a_default_starts_at_the_working_directory():
+    Path("configs").mkdir()
+    Path("configs/config.toml").write_text("max_steps = 500\n")
+    config = load_config(Path("configs/config.toml"), {}).config
+    assert config.run.output_dir == Path("output")
+    assert config.data.data_dir == Path("data")
 
 
-def test_full_is_the_published_recipe():
-    config = load_config(CONFIGS / "full.toml", {}).config
-    recipe = {
-        "training_method": "full",
-        "learning_rate": 1e-5,
-        "max_steps": 800,
-        "save_steps": 100,
-    }
-    assert {name: value_of(config, name) for name in recipe} == recipe
+@name_keys
+def test_a_name_that_is_no_folder_stays_as_it_is(key):
+    Path("owner/base").mkdir(parents=True)
+    assert load_path("configs/config.toml", key, "owner/base") == "owner/base"
+
+
+@name_keys
+@pytest.mark.parametrize(
+    ("path", "value"), [("./base", "./configs/base"), ("../base", "./base"), ("../../b", "./../b")]
+)
+def test_a_missing_folder_does_not_become_a_name_on_the_hub(key, path, value):
+    assert load_path("configs/config.toml", key, path) == value
+
+
+@pytest.mark.parametrize("word", ["auto", "never", "restart"])
+def test_a_word_of_resume_is_no_folder(word):
+    Path("configs", word).mkdir(parents=True)
+    assert load_path("configs/config.toml", "resume", word) == word
+
+
+@path_keys
+def test_the_folder_that_paths_start_at_can_be_given(key):
+    Path("base").mkdir()
+    assert load_path("configs/config.toml", key, "base", relative_to=Path()) == "base"
+
+
+# Runs whose paths are written in another way, or seen from elsewhere
+
+
+def build_run() -> Config:
+    for folder in ("corpus", "tokenizer"):
+        Path(folder).mkdir()
+    return load_flags(
+        model_config_file="shapes/config.json",
+        tokenizer_name="./tokenizer",
+        train_file="corpus",
+        eval_file="corpus/../held_out.jsonl",
+        cache_dir="cache",
+        experiment_name="run",
+    )
+
+
+def test_the_written_config_is_the_same_run_from_another_folder(tmp_path, monkeypatch):
+    run = RunDirectory(tmp_path / "output/run")
+    run.create(build_run())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = load_config(Path("../output/run/config.yaml"), {}).config
+    run.refuse_another(again)
+    assert again.run.output_dir == tmp_path / "output"
+    assert again.data.cache_dir == tmp_path / "cache"
+    assert again.data.train_file == tmp_path / "corpus"
+
+
+@pytest.fixture
+def old_run() -> RunDirectory:
+    """A run of an older version, whose config.yaml has paths as they were typed."""
+    run = RunDirectory(Path("output/run"))
+    run.path.mkdir(parents=True)
+    content = build_run().model_dump(mode="json", exclude_none=True)
+    run.config.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return run
+
+
+OLD_FLAGS = {
+    "model_config_file": "shapes/config.json",
+    "tokenizer_name": "./tokenizer",
+    "train_file": "corpus",
+    "eval_file": "corpus/../held_out.jsonl",
+}
+
+
+def test_a_run_with_relative_paths_goes_on_with_the_same_flags(old_run):
+    old_run.refuse_another(load_flags(**OLD_FLAGS))
+
+
+def test_a_run_with_relative_paths_goes_on_with_a_file_that_names_the_same(old_run):
+    Path("configs").mkdir()
+    lines = [f'{key} = "../{path}"' for key, path in OLD_FLAGS.items()]
+    Path("configs/own.toml").write_text("\n".join(lines))
+    old_run.refuse_another(load_config(Path("configs/own.toml"), {}).config)
+
+
+@pytest.mark.parametrize("name", ["output/run/config.yaml", "absolute"])
+def test_a_run_with_relative_paths_goes_on_with_its_own_config(old_run, name):
+    file = old_run.config.absolute() if name == "absolute" else Path(name)
+    again = load_config(file, {}).config
+    old_run.refuse_another(again)
+    assert again.run.output_dir == Path("output")
+
+
+def test_a_run_with_relative_paths_that_was_moved_goes_on(old_run):
+    moved = RunDirectory(old_run.path.rename("moved"))
+    moved.refuse_another(load_flags(**OLD_FLAGS))
+
+
+def test_a_checkpoint_with_relative_paths_is_of_the_same_run(old_run):
+    old = Config.model_validate(yaml.safe_load(old_run.config.read_text()))
+    written_anew = dump_yaml(load_flags(**OLD_FLAGS))
+    Path("anew.yaml").write_text(written_anew)
+    assert find_changes(old, load_config(Path("anew.yaml"), {}).config) == []
