@@ -278,7 +278,12 @@ def _build(
             folder.directory, config, progress.step, last_step, accelerator.is_main_process
         )
     checkpoints = CheckpointManager(
-        folder.store, config.checkpoint, accelerator, built.provenance, files, report.say
+        store=folder.store,
+        settings=config.checkpoint,
+        accelerator=accelerator,
+        provenance=built.provenance,
+        files=files,
+        say=report.say,
     )
     return Run(
         config=config, notes=notes, accelerator=accelerator, peers=peers, folder=folder, data=data,

@@ -1,11 +1,13 @@
 """Tiny runs for tests and for the scripts beside them: a little Q, a tokenizer, a model config."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from qloop.checkpoint.store import CheckpointStore, GoodCheckpoint
 from qloop.config.keys import Config
 from qloop.config.loading import load_config
 from qloop.data.corpus import Corpus, build_corpus, open_corpus
@@ -84,6 +86,23 @@ def load_corpus(
     settings = {"held_out_share": 0.0, "train_on_prompt": False, "deduplicate": True, **settings}
     folder, was_cached = build_corpus(train, held_out, encoder, cache_dir, **settings)
     return open_corpus(folder, encoder, was_cached)
+
+
+def write_checkpoint(
+    store: CheckpointStore,
+    step: int,
+    files: Iterable[tuple[str, Iterable[memoryview]]],
+    facts: Mapping[str, Any],
+    held_out_loss: float | None = None,
+) -> GoodCheckpoint:
+    """Makes the calls of a save, in the manager's order."""
+    unfinished = store.begin(step)
+    try:
+        written = {name: store.write_file(unfinished, name, content) for name, content in files}
+        return store.commit(unfinished, step, written, facts, held_out_loss)
+    except OSError:
+        store.abandon(unfinished)
+        raise
 
 
 class Workspace:

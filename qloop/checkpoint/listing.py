@@ -1,4 +1,4 @@
-"""`qloop checkpoint`: what is there, and whether it is good; reads, and changes nothing."""
+"""The table of `qloop checkpoint`: which checkpoints there are, and which are good. Only reads."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -9,19 +9,20 @@ from qloop.checkpoint.store import (
     GoodCheckpoint,
     Manifest,
     find_best,
+    locate_checkpoints,
 )
 from qloop.errors import CheckpointError
-from qloop.storage.filesystem import FileSystem
 from qloop.storage.folders import show_bytes
 
 
 class Listed(NamedTuple):
-    """A step directory as it was found."""
+    """A checkpoint and its state."""
 
     path: Path
     manifest: Manifest | None
-    """None where it is damaged."""
+    """None if it is damaged."""
     problem: str
+    """The damage, or empty."""
 
 
 def list_checkpoints(run: Path, with_hashes: bool = True) -> list[Listed]:
@@ -29,24 +30,21 @@ def list_checkpoints(run: Path, with_hashes: bool = True) -> list[Listed]:
 
     Args:
         run: A run's folder, its checkpoints folder, or one checkpoint.
-        with_hashes: False looks at names and sizes only.
+        with_hashes: False compares names and sizes only.
 
     Raises:
-        CheckpointError: It is none of these, or may not be read.
+        CheckpointError: There is none, or it cannot be read.
     """
-    if (run / "COMMIT").exists() or (run / "manifest.json").exists():
-        store, paths = CheckpointStore(run.parent, FileSystem()), [run]
-    else:
-        folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
-        store = CheckpointStore(folder, FileSystem())
-        paths = [*store.list_checkpoints(), *store.list_damaged()]
+    store, paths = locate_checkpoints(run)
+    if paths != [run]:
+        paths += store.list_damaged()
     if not paths:
         raise CheckpointError(f"{run}: holds no checkpoint; give a run's folder or a checkpoint-N")
     return [_examine(store, path, with_hashes) for path in paths]
 
 
 def format_table(listed: list[Listed], with_hashes: bool = True) -> str:
-    """Shows name, size, losses and state of each, in columns."""
+    """Returns a table of the name, size, losses and state of each."""
     good = [
         GoodCheckpoint(path, manifest)
         for path, manifest, _ in listed

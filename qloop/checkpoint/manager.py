@@ -1,85 +1,78 @@
-"""Saves a run as step directories, at once or behind the loop, and puts a run's moments back.
+"""Saves a run as checkpoints, in the background or synchronously.
 
     checkpoint-100/
       model.safetensors, config.json       full: `from_pretrained` loads the folder as it is
       adapter_model.safetensors, ...       lora, qlora: `PeftModel.from_pretrained` does
       tokenizer.json, ...
       optimizer.safetensors                moments by parameter name: `lm_head.weight/exp_avg`
-      progress.json                        counters, config, and what the run was made of
+      progress.json                        counters, config and provenance of the run
       manifest.json, COMMIT                see store.py, which writes them
 
-Above `share_above_gb` every rank writes whole tensors of its own, of weights and of moments:
-`model-00001-of-00004.safetensors` and so on, with the index that `from_pretrained` reads. How many
-ranks wrote, and by which engine, matters to nobody who reads: no tensor is cut.
+Checkpoints larger than `share_above_gb` are written by all ranks: each writes whole tensors, of
+weights and of moments, to `model-00001-of-00004.safetensors` and so on, with the index that
+`from_pretrained` reads. No tensor is cut, so a reader needs to know neither the number of ranks nor
+the engine.
 
-There are no random states: every forward pass is seeded from (seed, step, micro-batch).
+Random states are not saved: every forward pass is seeded from (seed, step, micro-batch).
 """
 
+import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from qloop.checkpoint.resume import MOMENTS, PROGRESS, Provenance
 from qloop.checkpoint.shares import Share, share_of
 from qloop.checkpoint.store import CheckpointStore, File, GoodCheckpoint
 from qloop.config.keys import CheckpointConfig
 from qloop.distributed.engine import Engine
-from qloop.errors import CheckpointError, LockedError
+from qloop.distributed.ranks import on_all, on_main
+from qloop.errors import CheckpointError
 from qloop.hardware import count_free_memory
 from qloop.steps import Progress
 from qloop.storage.folders import show_bytes
-from qloop.storage.tensors import (
-    INDEX,
-    HostCopies,
-    encode_tensors,
-    gather_mine,
-)
+from qloop.storage.tensors import INDEX, HostCopies, encode_tensors, gather_mine
 
 T = TypeVar("T")
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors")
 
-# What the ranks tell each other of a commit; the main one knows, the others add nothing.
-_RUNNING, _COMMITTED, _REFUSED, _FENCED, _CRASHED = 0, 1, 2, 3, 4
+
+class RefusedSaveError(CheckpointError):
+    """The disk refused a part of a save; counted as a failed save on every rank."""
 
 
-class _Committed(NamedTuple):
-    kept: GoodCheckpoint
-    messages: list[str]
-
-
-class _Written(NamedTuple):
-    """What a rank has written of a save, or why it could not."""
-
-    files: dict[str, File]
-    refused: str
-    """The disk's reason."""
-    crashed: bool
+@contextlib.contextmanager
+def _refusing_the_save() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RefusedSaveError(str(error)) from error
 
 
 class CheckpointManager:
-    """The checkpoints of one run; every rank calls, and each writes its share.
+    """The checkpoints of one run; every rank calls every method.
 
-    A save goes in two steps. Every rank writes the tensors that are dealt to it, behind the loop if
-    there is memory for a copy. When all have ended, and none failed, the main rank commits.
+    Each rank writes its share of a save, in the background if host memory can hold a copy. When all
+    ranks have written, the main rank commits, while the loop waits.
     """
 
     def __init__(
         self,
+        *,
         store: CheckpointStore,
         settings: CheckpointConfig,
         accelerator: Accelerator,
@@ -87,15 +80,15 @@ class CheckpointManager:
         files: Mapping[str, bytes],
         say: Callable[[str], None],
     ) -> None:
-        """Takes what stays the same over the run.
+        """Stores the arguments.
 
         Args:
-            store: The directories.
-            settings: How often, how many, and whether behind the loop.
-            accelerator: Knows the ranks.
+            store: The folder of the checkpoints.
+            settings: The section of the config.
+            accelerator: Connects the ranks.
             provenance: What the run is made of.
-            files: What else a checkpoint holds beside tensors and progress, by name.
-            say: Tells the person.
+            files: Further files of every checkpoint, by name: config, tokenizer.
+            say: Called with each message to the user.
         """
         self._store = store
         self._settings = settings
@@ -104,11 +97,8 @@ class CheckpointManager:
         self._files = files
         self._say = say
         self._copies = HostCopies()
-        self._is_async = settings.async_checkpoint
         self._save: _Save | None = None
         self._failed_saves = 0
-        self.stood_still_seconds = 0.0
-        """How long the last save kept the loop waiting, its commit left out if it was behind it."""
 
     def save(
         self,
@@ -118,153 +108,126 @@ class CheckpointManager:
         held_out_loss: float | None,
         must_succeed: bool,
     ) -> None:
-        """Takes the run's state; it is committed now, or behind the loop.
+        """Saves the run's state, or copies it and starts a background save.
 
         Args:
             engine: Holds model and optimizer.
-            progress: After the step.
-            loss: Of the step.
+            progress: The counters after the step.
+            loss: The step's loss.
             held_out_loss: Measured after this very step, or None.
-            must_succeed: The run ends here: the commit is waited for, and one failure is enough.
+            must_succeed: True at the end of the run: save synchronously, raise at the first
+                failure.
 
         Raises:
-            CheckpointError: The disk refused `max_failed_saves` times in a row, or this time where
-                it must succeed. Every older checkpoint is as it was.
+            CheckpointError: The disk refused `max_failed_saves` saves in a row, or this one if it
+                must succeed. Every older checkpoint is untouched.
             LockedError: Another process has taken the run's folder.
         """
         self.poll(wait=True)
         started = time.perf_counter()
-        unfinished, refused = _on_main(self._accelerator, lambda: self._store.begin(progress.step))
-        if unfinished is None:
-            self._fail(refused, must_succeed)
+        try:
+            unfinished = on_main(self._accelerator, lambda: self._begin(progress.step))
+        except RefusedSaveError as refused:
+            self._fail(str(refused), must_succeed)
             return
         shares = self._deal_out(engine)
-        behind = self._is_async and not must_succeed and self._fits_in_memory(shares)
-        tensors = [_Tensors(share, gather_mine(share.pieces, share.mine)) for share in shares]
-        if behind:
-            tensors = [
-                _Tensors(share, self._copies.take(share.file, share.mine, gathered))
-                for share, gathered in tensors
+        in_background = (
+            self._settings.async_checkpoint and not must_succeed and self._fits_in_memory(shares)
+        )
+        contents: list[tuple[Share, Iterable[torch.Tensor]]] = [
+            (share, gather_mine(share.tensors, share.mine)) for share in shares
+        ]
+        if in_background:
+            contents = [
+                (share, self._copies.take(share.file, share.mine, tensors))
+                for share, tensors in contents
             ]
         texts = {**self._files, PROGRESS: self._dump_progress(progress)}
         texts |= {f"{share.stem}{INDEX}": share.index_file for share in shares if share.index_file}
+        messages: list[str] = []
 
-        def write() -> _Written:
-            return self._write(unfinished, tensors, texts if self._is_main else {})
+        def write() -> dict[str, File]:
+            self._rotate(messages)  # after a background save: what its commit has made superfluous
+            return self._write(unfinished, contents, texts if self._is_main else {})
 
         self._save = _Save(
             unfinished=unfinished,
             step=progress.step,
             loss=loss,
             held_out_loss=held_out_loss,
-            started=started,
-            behind=behind,
+            in_background=in_background,
             is_by_main_alone=not any(share.index_file for share in shares),
-            writing=_run(write, behind),
+            writing=_run(write, in_background),
+            messages=messages,
+            blocking_seconds=time.perf_counter() - started,
         )
-        self.stood_still_seconds = time.perf_counter() - started
-        if not behind:
+        if not in_background:
             self.poll(wait=True, must_succeed=must_succeed)
 
     def poll(self, wait: bool = False, must_succeed: bool = False) -> None:
-        """Learns, on every rank alike, how the save behind the loop went, if it has ended.
+        """Commits the save if all ranks have written their files; every rank learns the outcome.
 
         Args:
-            wait: Whether to wait for its end.
-            must_succeed: Whether its failure ends the run.
+            wait: Whether to wait until they have.
+            must_succeed: Whether one failure ends the run.
 
         Raises:
-            CheckpointError: It failed, and that was the last attempt.
+            CheckpointError: The save failed, and that was the last attempt.
             LockedError: Another process has taken the run's folder.
         """
         save = self._save
-        if save is None:
-            return
-        if save.committing is None and self._all(wait or save.writing.done()):
-            self._seal_or_fail(save, must_succeed)
-        if self._save is None or save.committing is None:
-            return
-        outcome = self._agree(save.committing, wait)
-        if outcome == _RUNNING:
+        if save is None or not self._all(wait or save.writing.done()):
             return
         self._save = None
-        if outcome == _CRASHED:
-            raise _failure(save.committing)
-        if outcome == _FENCED:
-            raise LockedError(str(_failure(save.committing)))
-        if outcome == _REFUSED:
-            self._fail(str(_failure(save.committing)), must_succeed)
+        started = time.perf_counter()
+        saved, refusal = None, ""
+        try:
+            written = on_all(self._accelerator, save.writing.result)
+            files = dict(gather_object(list(written.items())))
+            saved = on_main(self._accelerator, lambda: self._commit(save, files))
+        except RefusedSaveError as refused:
+            refusal = str(refused)
+        save.blocking_seconds += time.perf_counter() - started
+        if saved:
+            self._failed_saves = 0
+            self._report(save, saved)
             return
-        self._failed_saves = 0
-        if not save.behind:
-            self.stood_still_seconds = time.perf_counter() - save.started
+        for message in save.messages:
+            self._say(message)
         if self._is_main:
-            self._report(save.committing.result())
-
-    def _seal_or_fail(self, save: "_Save", must_succeed: bool) -> None:
-        """Commits what all ranks have written; or counts the save as failed on all of them."""
-        crash = save.writing.exception()
-        mine = _Written({}, repr(crash), crashed=True) if crash else save.writing.result()
-        parts: list[_Written] = gather_object([mine])
-        refused = next((part.refused for part in parts if part.refused), "")
-        if any(part.crashed for part in parts):
-            self._save = None
-            raise crash or CheckpointError(f"a process could not write its part: {refused}")
-        if refused:
-            self._save = None
-            if self._is_main:
-                self._store.abandon(save.unfinished)
-            self._fail(refused, must_succeed)
-            return
-        files = {name: file for part in parts for name, file in part.files.items()}
-        commit = functools.partial(self._commit, save, files)
-        save.committing = _run(commit, save.behind) if self._is_main else Future()
-
-    def _fail(self, refused: str, must_succeed: bool) -> None:
-        """Counts a failed save; raises if that was the last attempt."""
-        self._failed_saves += 1
-        text = f"{self._store.folder}: a checkpoint could not be saved: {refused}"
-        if must_succeed or self._failed_saves >= self._settings.max_failed_saves:
-            raise CheckpointError(
-                f"{text}; {_count(self._failed_saves, 'save')} in a row failed, every older "
-                "checkpoint is untouched; make room, and type the same command again"
-            )
-        self._say(
-            f"{text}; every older checkpoint is untouched; training goes on and the next save "
-            f"tries again, {_count(self._settings.max_failed_saves - self._failed_saves, 'more')} "
-            "failed in a row will end the run"
-        )
+            self._store.abandon(save.unfinished)
+        self._fail(refusal, must_succeed)
 
     def close(self) -> None:
-        """Lets a save behind the loop end, when the run ends by an error; asks no other rank.
+        """Finishes the background save of a run that ends by an error; calls no other rank.
 
-        What the main rank has written alone it commits; of parts, none knows of the others'.
+        The main rank commits the save if it writes all files. If all ranks write, it cannot: it
+        does not know the hashes of the others' files.
         """
         save, self._save = self._save, None
         if save is None or not self._is_main:
             return
-        if save.committing is None and save.is_by_main_alone and not save.writing.exception():
-            written = save.writing.result()
-            if not written.refused:
-                save.committing = _run(lambda: self._commit(save, written.files), behind=False)
-        if save.committing is None:
+        if not save.is_by_main_alone:
             self._say(f"{self._store.folder}: the last save was not finished")
-        elif error := save.committing.exception():
+            return
+        try:
+            saved = self._commit(save, save.writing.result())
+        except Exception as error:  # the error that ends the run is the one to raise
             self._say(f"{self._store.folder}: the last save failed: {error}")
         else:
-            self._report(save.committing.result())
+            self._report(save, saved)
 
     def describe_space(self, engine: Engine, step: int, last_step: int) -> list[str]:
-        """Says so if the free space will not hold the checkpoints that the run is to make."""
+        """Returns a warning if the disk cannot hold the checkpoints to come; else nothing."""
         _, weights = engine.collect_weights()
-        size = sum(piece.kind.nbytes for piece in weights.values())
-        size += sum(kind.nbytes for kind in engine.moment_kinds().values())
+        size = sum(tensor.spec.nbytes for tensor in weights.values())
+        size += sum(spec.nbytes for spec in engine.moment_specs().values())
         size += sum(map(len, self._files.values()))
         saves = math.ceil((last_step - step) / self._settings.save_steps)
         kept = self._settings.keep_checkpoints + int(self._settings.keep_best)
         if self._settings.keep_every:
             kept += last_step // self._settings.keep_every - step // self._settings.keep_every
-        # One more than is kept: the oldest goes only after the newest is whole.
+        # One more than is kept: the oldest is deleted after the newest is committed.
         needed = size * min(saves, kept + 1)
         free = self._store.count_free_bytes()
         if needed <= free:
@@ -278,20 +241,24 @@ class CheckpointManager:
     def _is_main(self) -> bool:
         return bool(self._accelerator.is_main_process)
 
-    def _deal_out(self, engine: Engine) -> list["Share"]:
-        """Decides who writes what: the main rank all, or each rank its part where that is much."""
+    @_refusing_the_save()
+    def _begin(self, step: int) -> Path:
+        return self._store.begin(step)
+
+    def _deal_out(self, engine: Engine) -> list[Share]:
+        """Returns this rank's shares: the main rank writes all tensors, or each rank its part."""
         stem, weights = engine.collect_weights()
         groups = {stem: weights, MOMENTS: engine.collect_moments()}
-        size = sum(piece.kind.nbytes for group in groups.values() for piece in group.values())
+        size = sum(tensor.spec.nbytes for group in groups.values() for tensor in group.values())
         is_large = size > self._settings.share_above_gb * 1e9
-        writers = self._accelerator.num_processes if is_large else 1
+        num_writers = self._accelerator.num_processes if is_large else 1
         rank = self._accelerator.process_index
-        return [share_of(rank, writers, name, pieces) for name, pieces in groups.items()]
+        return [share_of(rank, num_writers, name, tensors) for name, tensors in groups.items()]
 
-    def _fits_in_memory(self, shares: list["Share"]) -> bool:
-        """Whether every rank has the memory for a copy of what it writes."""
-        size = sum(kind.nbytes for share in shares for kind in share.mine.values())
-        # Copies of an earlier save are written over; the ranks of one machine share its memory.
+    def _fits_in_memory(self, shares: list[Share]) -> bool:
+        """Returns whether every rank has the memory for a copy of its share."""
+        size = sum(spec.nbytes for share in shares for spec in share.mine.values())
+        # Copies of an earlier save are overwritten; the ranks of a machine share its memory.
         more = torch.tensor([max(0, size - self._copies.nbytes)], device=self._accelerator.device)
         first = self._accelerator.process_index - self._accelerator.local_process_index
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -301,33 +268,35 @@ class CheckpointManager:
             return True
         self._say(
             f"async_checkpoint: a copy of {show_bytes(needed)} does not fit in the "
-            f"{show_bytes(free)} of free memory; the loop waits for this save"
+            f"{show_bytes(free)} of free memory; this save blocks the loop"
         )
         return False
 
     def _all(self, answer: bool) -> bool:
-        """Whether all ranks say yes."""
-        told = torch.tensor(int(answer), device=self._accelerator.device)
-        return bool(self._accelerator.reduce(told, "sum") == self._accelerator.num_processes)
+        """Returns whether the answer is True on all ranks."""
+        count = torch.tensor(int(answer), device=self._accelerator.device)
+        return bool(self._accelerator.reduce(count, "sum") == self._accelerator.num_processes)
 
+    @_refusing_the_save()
     def _write(
-        self, unfinished: Path, tensors: list["_Tensors"], texts: Mapping[str, bytes]
-    ) -> _Written:
-        """Writes this rank's files; where that fails, still takes part in gathering the others'."""
+        self,
+        unfinished: Path,
+        contents: list[tuple[Share, Iterable[torch.Tensor]]],
+        texts: Mapping[str, bytes],
+    ) -> dict[str, File]:
+        """Writes this rank's files; if that fails, still takes part in gathering the others'."""
         files: dict[str, File] = {}
         try:
-            for share, gathered in tensors:
-                content = encode_tensors(share.mine, gathered)
+            for share, tensors in contents:
+                encoded = encode_tensors(share.mine, tensors)
                 if share.mine:
-                    files[share.file] = self._store.write_file(unfinished, share.file, content)
+                    files[share.file] = self._store.write_file(unfinished, share.file, encoded)
             for name, text in texts.items():
-                files[name] = self._store.write_file(unfinished, name, iter([memoryview(text)]))
-            return _Written(files, "", crashed=False)
-        except OSError as error:
-            return _Written({}, str(error), crashed=False)
+                files[name] = self._store.write_file(unfinished, name, [memoryview(text)])
+            return files
         finally:
-            for _, gathered in tensors:
-                for _ in gathered:
+            for _, tensors in contents:
+                for _ in tensors:
                     pass
 
     def _dump_progress(self, progress: Progress) -> bytes:
@@ -339,99 +308,83 @@ class CheckpointManager:
         }
         return (json.dumps(content, indent=2) + "\n").encode()
 
-    def _commit(self, save: "_Save", files: Mapping[str, File]) -> _Committed:
-        kept = self._store.commit(
+    @_refusing_the_save()
+    def _commit(self, save: "_Save", files: Mapping[str, File]) -> GoodCheckpoint:
+        saved = self._store.commit(
             save.unfinished, save.step, files, {"loss": save.loss}, save.held_out_loss
         )
-        messages: list[str] = []
-        settings = self._settings
+        # Deleting a large file takes seconds. After a background save, the next one does it, in
+        # the background; until then there is one checkpoint more, as `describe_space` plans.
+        if not save.in_background:
+            self._rotate(save.messages)
+        return saved
+
+    def _rotate(self, messages: list[str]) -> None:
+        """Deletes old checkpoints on the main rank; a failure costs no save."""
+        if not self._is_main:
+            return
+        keep = self._settings
         try:
             self._store.rotate(
-                settings.keep_checkpoints, settings.keep_every, settings.keep_best, messages.append
+                keep.keep_checkpoints, keep.keep_every, keep.keep_best, messages.append
             )
-        except OSError as error:  # what was saved stays saved
+        except OSError as error:
             messages.append(f"{self._store.folder}: an old checkpoint could not go: {error}")
-        return _Committed(kept, messages)
 
-    def _agree(self, committing: "Future[_Committed]", wait: bool) -> int:
-        """Gives every rank what the main one knows."""
-        outcome = _RUNNING
-        if self._is_main and (wait or committing.done()):
-            error = committing.exception()
-            outcome = _COMMITTED
-            if isinstance(error, OSError):
-                outcome = _REFUSED
-            elif isinstance(error, LockedError):
-                outcome = _FENCED
-            elif error:
-                outcome = _CRASHED
-        told = torch.tensor(outcome, device=self._accelerator.device)
-        return int(self._accelerator.reduce(told, "sum"))
-
-    def _report(self, committed: _Committed) -> None:
-        path, manifest = committed.kept
-        for message in committed.messages:
+    def _report(self, save: "_Save", saved: GoodCheckpoint) -> None:
+        for message in save.messages:
             self._say(message)
         self._say(
-            f"saved {path} ({show_bytes(manifest.total_bytes)}; the loop stood still for "
-            f"{self.stood_still_seconds:.2f} s)"
+            f"saved {saved.path} ({show_bytes(saved.manifest.total_bytes)}; blocked the loop for "
+            f"{save.blocking_seconds:.2f} s)"
         )
 
-
-class _Tensors(NamedTuple):
-    share: Share
-    tensors: Iterable[torch.Tensor]
+    def _fail(self, refusal: str, must_succeed: bool) -> None:
+        """Counts a failed save; raises if that was the last attempt."""
+        self._failed_saves += 1
+        text = f"{self._store.folder}: a checkpoint could not be saved: {refusal}"
+        if must_succeed or self._failed_saves >= self._settings.max_failed_saves:
+            saves = "1 save" if self._failed_saves == 1 else f"{self._failed_saves} saves"
+            raise CheckpointError(
+                f"{text}; {saves} in a row failed, every older checkpoint is untouched; make room, "
+                "and type the same command again"
+            )
+        self._say(
+            f"{text}; every older checkpoint is untouched; training goes on and the next save "
+            f"tries again, {self._settings.max_failed_saves - self._failed_saves} more failed in a "
+            "row will end the run"
+        )
 
 
 @dataclass
 class _Save:
-    """A save under way."""
+    """A save whose files are being written."""
 
     unfinished: Path
     step: int
     loss: float
     held_out_loss: float | None
-    started: float
-    behind: bool
+    in_background: bool
     is_by_main_alone: bool
-    writing: "Future[_Written]"
-    committing: "Future[_Committed] | None" = None
-    """Set when all ranks have written; on ranks other than the main one it never ends."""
+    writing: "Future[dict[str, File]]"
+    messages: list[str]
+    """Of the rotations; for the user, once the writing has ended."""
+    blocking_seconds: float
+    """Seconds for which the save has blocked the loop so far."""
 
 
-def _on_main(accelerator: Accelerator, function: Callable[[], Path]) -> tuple[Path | None, str]:
-    """Calls it on the main rank; every rank gets its result, or the disk's reason."""
-    outcome: list[Any] = [None, ""]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = function()
-        except OSError as error:
-            outcome[1] = str(error)
-    broadcast_object_list(outcome)
-    return outcome[0], outcome[1]
-
-
-def _run(function: Callable[[], T], behind: bool) -> "Future[T]":
+def _run(function: Callable[[], T], in_background: bool) -> "Future[T]":
     """Calls it now, or in a thread that does not keep the process from ending."""
     future: Future[T] = Future()
 
     def work() -> None:
         try:
             future.set_result(function())
-        except Exception as error:  # whoever asks for the result gets it
+        except Exception as error:  # raised where the result is asked for
             future.set_exception(error)
 
-    if behind:
+    if in_background:
         threading.Thread(target=work, name="checkpoint", daemon=True).start()
     else:
         work()
     return future
-
-
-def _failure(committing: "Future[_Committed]") -> BaseException:
-    error = committing.exception() if committing.done() else None
-    return error or CheckpointError("the main process met an error; see its message")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number > 1 and noun != 'more' else ''}"

@@ -1,4 +1,4 @@
-"""What a run goes on from: the newest good checkpoint, if it is this run's."""
+"""The checkpoint that a run goes on from: which one, whether it fits, and loading its state."""
 
 import dataclasses
 import json
@@ -7,36 +7,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qloop.checkpoint.store import CheckpointStore, DamagedError, GoodCheckpoint
+from qloop.checkpoint.store import CheckpointStore, GoodCheckpoint, find_checkpoint
 from qloop.config.keys import Config, find_changes
 from qloop.distributed.engine import Engine
 from qloop.errors import CheckpointError, ConfigError
 from qloop.steps import Progress
-from qloop.storage.filesystem import FileSystem
 from qloop.storage.tensors import SavedTensors
 
 MOMENTS = "optimizer"
-"""Stem of the files with the optimizer's tensors, each under its parameter's name and its own."""
-
+"""Stem of the files of the optimizer's tensors, each named `parameter/moment`."""
 
 PROGRESS = "progress.json"
+"""Counters and provenance of a checkpoint; the field names below are its keys."""
+
+_WORDS = ("auto", "never", "restart")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a run was made of; a run goes on only with the same."""
+    """What a run is made of; a run goes on only with the same."""
 
     config: dict[str, Any]
     """The config, by section."""
     fingerprints: dict[str, str]
     """Of the corpus, the tokenizer and the frozen base."""
     step_blocks: int
-    """Blocks that a step reads, over all ranks."""
+    """Blocks of a step, over all ranks."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A step directory and what its progress.json says."""
+    """A checkpoint and the content of its progress.json."""
 
     path: Path
     progress: Progress
@@ -44,7 +45,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads what a step directory says of itself; it was verified before.
+    """Reads progress.json of a verified checkpoint.
 
     Raises:
         CheckpointError: It is no checkpoint of qloop.
@@ -61,10 +62,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def config_of(checkpoint: Checkpoint) -> Config:
-    """Gives the config that a checkpoint was made with.
+    """Returns the config that a checkpoint was made with.
 
     Raises:
-        CheckpointError: Its keys are none of this version of qloop.
+        CheckpointError: Its keys are unknown to this version of qloop.
     """
     try:
         return Config.model_validate(checkpoint.provenance.config)
@@ -75,27 +76,27 @@ def config_of(checkpoint: Checkpoint) -> Config:
         ) from error
 
 
-_WORDS = ("auto", "never", "restart")
-
-
 def choose_checkpoint(
-    config: Config, store: CheckpointStore, tell: Callable[[str], None]
+    config: Config, store: CheckpointStore, say: Callable[[str], None]
 ) -> Checkpoint | None:
-    """Finds what to go on from; every byte of it is as it was written.
+    """Chooses the checkpoint to go on from and verifies every byte of it.
 
     Args:
-        config: With `resume`.
+        config: The whole config, which is compared with the checkpoint's.
         store: The run's own checkpoints.
-        tell: Gets a line on each damaged checkpoint; it is moved aside.
+        say: Called with a line on each damaged checkpoint; the run's own are moved aside.
+
+    Returns:
+        None if the run starts at step 0.
 
     Raises:
         ConfigError: Going on would overwrite steps, or change what the run is.
-        CheckpointError: The checkpoint that was asked for is damaged or missing; or all are
-            damaged, and starting anew was not asked for.
+        CheckpointError: The checkpoint that `resume` names is damaged or missing; or all are
+            damaged, and `resume` is not "restart".
     """
     resume = config.run.resume
     try:
-        newest = store.find_newest(tell)
+        newest = store.find_newest(say)
     except OSError as error:
         raise CheckpointError(f"{store.folder}: cannot be read or mended: {error}") from error
     if newest is None and resume == "auto":
@@ -104,8 +105,7 @@ def choose_checkpoint(
         _refuse_to_overwrite(newest)
     path = newest.path if newest else None
     if resume not in _WORDS:
-        path = Path(resume)
-        _verify_named(path)
+        path = _find_named(resume, say)
     if path is None:
         return None
     checkpoint = read_checkpoint(path)
@@ -127,11 +127,10 @@ def choose_checkpoint(
 def refuse_other_provenance(
     checkpoint: Checkpoint, provenance: Provenance, allow_change: tuple[str, ...]
 ) -> None:
-    """Makes sure that a run goes on with what it was made of.
+    """Refuses a run that would go on with another corpus, tokenizer or base.
 
     Raises:
-        ConfigError: The corpus, the tokenizer or the frozen base is another, and `allow_change`
-            does not name it.
+        ConfigError: A fingerprint differs, and `allow_change` does not name it.
     """
     before, now = checkpoint.provenance.fingerprints, provenance.fingerprints
     other = [name for name in now if before.get(name) != now[name] and name not in allow_change]
@@ -143,6 +142,33 @@ def refuse_other_provenance(
             "bring back what was there, or give another --experiment_name, or say that it may "
             f"change: --allow_change {','.join(other)}"
         )
+
+
+def restore(engine: Engine, checkpoint: Checkpoint, optimizer: str) -> str:
+    """Loads the saved state into an engine whose model was built from the same checkpoint.
+
+    After a change of the optimizer, the moments are loaded if names, types and shapes are the same.
+
+    Args:
+        engine: The new engine.
+        checkpoint: The checkpoint to go on from.
+        optimizer: The config's; it differs from the checkpoint's if `allow_change` names it.
+
+    Returns:
+        A line for the user if the moments start anew; empty if they were loaded.
+
+    Raises:
+        CheckpointError: Names, types or shapes are not those of this model; nothing was loaded.
+    """
+    stem, _ = engine.collect_weights()
+    weights = SavedTensors(checkpoint.path, stem)
+    moments = SavedTensors(checkpoint.path, MOMENTS)
+    before = config_of(checkpoint).optimizer.optimizer
+    if before != optimizer and moments.specs != engine.moment_specs():
+        engine.restore(weights, None)
+        return f"optimizer  {before} -> {optimizer}: its moments start anew, as at step 1"
+    engine.restore(weights, moments)
+    return ""
 
 
 def _refuse_to_start_afresh(store: CheckpointStore) -> None:
@@ -162,38 +188,10 @@ def _refuse_to_overwrite(newest: GoodCheckpoint | None) -> None:
         )
 
 
-def _verify_named(path: Path) -> None:
+def _find_named(resume: str, say: Callable[[str], None]) -> Path:
     try:
-        CheckpointStore(path.parent, FileSystem()).verify(path)
-    except (DamagedError, OSError) as error:
+        return find_checkpoint(Path(resume), say).path
+    except CheckpointError as error:
         raise CheckpointError(
-            f"resume: {path}: not a good checkpoint: {error}; give another, or --resume auto for "
-            "the newest good one"
+            f"resume: {error}; or --resume auto for the newest good one of this run"
         ) from error
-
-
-def restore(engine: Engine, checkpoint: Checkpoint, optimizer: str) -> str:
-    """Puts the saved state into an engine whose model was built from the same checkpoint.
-
-    Moments are kept by an optimizer that was changed, too, where it keeps the very same ones.
-
-    Args:
-        engine: As built.
-        checkpoint: What the run goes on from.
-        optimizer: That of the config; `allow_change` let it differ from the checkpoint's.
-
-    Returns:
-        A line for the person where the moments start anew; empty where they go on.
-
-    Raises:
-        CheckpointError: The names, types or shapes are not those of this model; nothing was put.
-    """
-    stem, _ = engine.collect_weights()
-    weights = SavedTensors(checkpoint.path, stem)
-    moments = SavedTensors(checkpoint.path, MOMENTS)
-    before = config_of(checkpoint).optimizer.optimizer
-    if before != optimizer and moments.kinds != engine.moment_kinds():
-        engine.restore(weights, None)
-        return f"optimizer  {before} -> {optimizer}: its moments start anew, as at step 1"
-    engine.restore(weights, moments)
-    return ""

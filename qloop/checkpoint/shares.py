@@ -1,7 +1,7 @@
-"""Who writes which tensors of a save: the main rank all of them, or every rank some.
+"""Which rank writes which tensors of a save: the main rank all of them, or every rank a part.
 
-Tensors are not cut: a rank writes some of them whole, to a file of its own, and a checkpoint tells
-nobody how many ranks there were.
+A rank writes whole tensors to a file of its own. So a checkpoint does not depend on the number of
+ranks that wrote it.
 """
 
 from collections.abc import Mapping
@@ -11,31 +11,32 @@ from qloop.storage.tensors import LazyTensor, TensorSpec, align, deal_out, index
 
 
 class Share(NamedTuple):
-    """What a rank writes of the weights, or of the moments."""
+    """A rank's part of the weights, or of the moments."""
 
     stem: str
     file: str
-    pieces: dict[str, LazyTensor]
-    """All, in the order in which they are gathered."""
+    tensors: dict[str, LazyTensor]
+    """The tensors of all ranks, in the order in which they are gathered."""
     mine: dict[str, TensorSpec]
+    """The tensors that this rank writes."""
     index_file: bytes
-    """Which tensor is in which file, as transformers reads it; empty where there is one file."""
+    """The content of the index file; empty if there is one file only."""
 
 
-def share_of(rank: int, writers: int, stem: str, pieces: Mapping[str, LazyTensor]) -> Share:
+def share_of(rank: int, num_writers: int, stem: str, tensors: Mapping[str, LazyTensor]) -> Share:
     """Deals out the tensors of a stem.
 
     Args:
-        rank: Of the share that is wanted.
-        writers: Ranks that write: 1, or all.
-        stem: Of the files.
-        pieces: The tensors, by name.
+        rank: The rank whose share is returned.
+        num_writers: Ranks that write: 1, or all.
+        stem: Of the file names.
+        tensors: The tensors to save, by name.
     """
-    kinds = align({name: piece.kind for name, piece in pieces.items()})
-    ordered = {name: pieces[name] for name in kinds}
-    if writers == 1:
-        mine = kinds if rank == 0 else {}
+    specs = align({name: tensor.spec for name, tensor in tensors.items()})
+    ordered = {name: tensors[name] for name in specs}
+    if num_writers == 1:
+        mine = specs if rank == 0 else {}
         return Share(stem, f"{stem}.safetensors", ordered, mine, b"")
-    parts = dict(zip(name_parts(stem, writers), deal_out(kinds, writers), strict=True))
+    parts = dict(zip(name_parts(stem, num_writers), deal_out(specs, num_writers), strict=True))
     file = list(parts)[rank]
     return Share(stem, file, ordered, parts[file], index_of(parts))

@@ -1,21 +1,22 @@
 """Step directories that are whole or absent, on a disk that may fail at any call.
 
     checkpoints/
-      checkpoint-100/             whole: its COMMIT vouches for its manifest, that for every file
-        model.safetensors ...     the files that the manager gave
+      checkpoint-100/             whole: COMMIT vouches for the manifest, that for every file
+        model.safetensors ...     files of the manager
         manifest.json             step, losses, and size and SHA-256 of each file
         COMMIT                    the manifest's SHA-256
       .unfinished-checkpoint-200-1f0c/   being written, or left by a crash: the next save deletes it
       .deleted-checkpoint-50/     being deleted
       damaged-checkpoint-150/     failed its check: moved aside for a person to look at
 
-The order of a save: every file is written, hashed on the way and synced; the manifest, then COMMIT,
-then the folder are synced; only then does it get its name, in one rename, and the parent is synced.
-Older ones go last of all. So a crash at any call leaves the older checkpoints as they were, and a
-folder that carries the name of a checkpoint without being one is found out before a byte of it is
-used. There is no pointer to the newest: it is the highest number that is good.
+A save is `begin`, `write_file` for each file, `commit`; after an OSError, `abandon`. Every file is
+hashed while it is written, and synced. The commit syncs the manifest, then COMMIT, then the folder;
+only then it renames the folder to its final name and syncs the parent. `rotate` deletes only what
+committed checkpoints replace. So a crash at any call leaves the older checkpoints intact, and a
+damaged checkpoint is detected before any of its bytes is used. There is no pointer to the newest
+checkpoint: it is the good one with the highest number.
 
-A manifest protects from damage, not from a person who writes a new one to go with other tensors.
+A manifest protects against damage, not against a person who writes a new one for other tensors.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qloop.errors import CheckpointError
 from qloop.storage.filesystem import FileSystem
 
 FORMAT = 1
@@ -43,16 +45,16 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 # Formats that run code when they are loaded.
 _REFUSED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".distcp")
 _MAX_TEXT_BYTES = 1 << 24
-# Errors of reading that tell of the disk, or of what lies there; no other is a checkpoint's fault.
+# Read errors that mean damage; any other may pass, such as missing permission.
 _DAMAGE = (errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 class DamagedError(Exception):
-    """A step directory is not what was committed; says what is wrong with it."""
+    """A checkpoint differs from what was committed; the message names the difference."""
 
 
 class File(NamedTuple):
-    """What the manifest says of a file."""
+    """A file's entry in the manifest."""
 
     bytes: int
     sha256: str
@@ -60,13 +62,13 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a committed directory says of itself."""
+    """The content of manifest.json."""
 
     step: int
     held_out_loss: float | None
-    """Nats per target on the held-out documents, if they were measured after this very step."""
+    """Nats per target on the held-out documents; None if not measured after this very step."""
     facts: dict[str, Any]
-    """What else was told at the save: the training loss, versions."""
+    """Further values, such as the training loss."""
     files: dict[str, File]
 
     @property
@@ -76,74 +78,46 @@ class Manifest:
 
 
 class GoodCheckpoint(NamedTuple):
-    """A good checkpoint."""
+    """A checkpoint that passed verification or was committed by this process."""
 
     path: Path
     manifest: Manifest
 
 
-def _unlocked() -> None:
-    """Stands where no lock guards the folder."""
-
-
 class CheckpointStore:
-    """The step directories of one run, for one writer."""
+    """The checkpoints of one run, for one writer."""
 
     def __init__(
-        self, folder: Path, filesystem: FileSystem, check_lock: Callable[[], None] = _unlocked
+        self, folder: Path, filesystem: FileSystem, check_lock: Callable[[], None] = lambda: None
     ) -> None:
-        """Takes a folder, which is there before the first `write`.
+        """Stores the arguments.
 
         Args:
-            folder: Where the step directories are.
+            folder: The folder of the checkpoints; it must exist before the first save.
             filesystem: The disk.
-            check_lock: Called before a directory gets its name; raises if another writer has come.
+            check_lock: Called at the begin of a save and before its rename; raises if another
+                process has taken the folder.
         """
         self.folder = folder
         self._disk = filesystem
         self._check_lock = check_lock
-        self._verified: dict[Path, Manifest] = {}  # each is hashed once in the life of a process
-
-    def write(
-        self,
-        step: int,
-        files: Iterable[tuple[str, Iterable[memoryview]]],
-        facts: Mapping[str, Any],
-        held_out_loss: float | None = None,
-    ) -> GoodCheckpoint:
-        """Writes checkpoint-<step>; when it returns, the directory is on the disk for good.
-
-        Args:
-            step: Its number; a directory of that name, which nobody expects, is moved aside.
-            files: Name and content of each.
-            facts: For the manifest.
-            held_out_loss: For the manifest, and for the choice of the best.
-
-        Raises:
-            OSError: The disk refused. What was written is deleted again, or stays whole under its
-                name if only the last sync was refused; every older directory is as it was.
-        """
-        unfinished = self.begin(step)
-        try:
-            written = {name: self.write_file(unfinished, name, data) for name, data in files}
-        except OSError:
-            self.abandon(unfinished)
-            raise
-        return self.commit(unfinished, step, written, facts, held_out_loss)
+        self._verified: dict[Path, Manifest] = {}  # each is hashed once per process
 
     def begin(self, step: int) -> Path:
-        """Makes the folder that a save writes to; deletes what interrupted saves left.
+        """Makes the folder of a new save; deletes the leftovers of interrupted ones.
 
         Raises:
             OSError: The disk refused.
+            LockedError: Another process has taken the run's folder.
         """
-        self.delete_unfinished()
+        self._check_lock()
+        self._delete_leftovers()
         unfinished = self.folder / f"{_UNFINISHED}checkpoint-{step}-{uuid.uuid4().hex[:8]}"
         self._disk.make_folder(unfinished)
         return unfinished
 
     def write_file(self, unfinished: Path, name: str, content: Iterable[memoryview]) -> File:
-        """Writes a file of a save and hashes the very bytes that it hands to the disk.
+        """Writes and syncs a file of a save, and hashes the very bytes that the disk receives.
 
         Raises:
             OSError: The disk refused.
@@ -168,51 +142,55 @@ class CheckpointStore:
         facts: Mapping[str, Any],
         held_out_loss: float | None = None,
     ) -> GoodCheckpoint:
-        """Vouches for what was written, and gives it its name; see `write`.
+        """Completes a save: when it returns, checkpoint-<step> is on the disk for good.
+
+        Args:
+            unfinished: The folder from `begin`.
+            step: The number of the checkpoint; an existing folder of that name is moved aside.
+            written: The files of the save.
+            facts: For the manifest.
+            held_out_loss: For the manifest, and for the choice of the best.
 
         Raises:
-            OSError: The disk refused.
+            OSError: The disk refused. Every older checkpoint is untouched. If only the last sync
+                was refused, the new one is whole under its name.
+            LockedError: Another process has taken the run's folder.
         """
         path = self.folder / f"checkpoint-{step}"
         manifest = Manifest(step, held_out_loss, dict(facts), dict(written))
-        try:
-            self._seal(unfinished, manifest)
-            self._check_lock()
-            if path.name in self._disk.list(self.folder):
-                self.set_aside(path)
-            self._disk.rename(unfinished, path)
-            self._disk.sync_folder(self.folder)
-        except OSError:
-            self.abandon(unfinished)
-            raise
+        self._seal(unfinished, manifest)
+        self._check_lock()
+        if path.name in self._disk.list(self.folder):
+            self.set_aside(path)
+        self._disk.rename(unfinished, path)
+        self._disk.sync_folder(self.folder)
         self._verified[path] = manifest
         return GoodCheckpoint(path, manifest)
 
     def abandon(self, unfinished: Path) -> None:
-        """Deletes what a failed save has written, as far as the disk allows."""
-        with contextlib.suppress(OSError):  # nothing looks at it, and the next save tries again
+        """Deletes the folder of a failed save, as far as the disk allows."""
+        with contextlib.suppress(OSError):  # nobody reads it, and the next save tries again
             self._delete_tree(unfinished)
 
     def list_checkpoints(self) -> list[Path]:
-        """Everything that is named like a checkpoint, the oldest step first."""
+        """Returns every path with the name of a checkpoint, the oldest step first."""
         names = ((_CHECKPOINT.fullmatch(name), name) for name in self._disk.list(self.folder))
         return [self.folder / name for _, name in sorted((int(m[1]), n) for m, n in names if m)]
 
     def list_damaged(self) -> list[Path]:
-        """What was moved aside."""
+        """Returns the checkpoints that were moved aside."""
         names = self._disk.list(self.folder)
         return [self.folder / name for name in names if name.startswith(_DAMAGED)]
 
     def verify(self, path: Path, with_hashes: bool = True) -> Manifest:
-        """Checks a directory down to the last byte, before anybody parses any of it.
+        """Checks every byte of a checkpoint, before anything parses it.
 
         Args:
-            path: The directory, under whatever name.
-            with_hashes: False reads no file's content, and finds only what shows in names and
-                sizes.
+            path: The checkpoint's folder, of any name.
+            with_hashes: False compares names and sizes only, and reads no tensor.
 
         Raises:
-            DamagedError: COMMIT, manifest or files do not agree, or something else lies there.
+            DamagedError: COMMIT, manifest and files do not agree, or there are other files.
             OSError: It cannot be read for a reason that is no damage: no permission, too many open
                 files.
         """
@@ -227,33 +205,33 @@ class CheckpointStore:
             raise DamagedError(f"cannot be read: {error}") from error
         return manifest
 
-    def find_newest(self, tell: Callable[[str], None]) -> GoodCheckpoint | None:
-        """Finds the newest good checkpoint; damaged ones that are newer are moved aside and told.
+    def find_newest(self, say: Callable[[str], None]) -> GoodCheckpoint | None:
+        """Returns the newest good checkpoint; moves newer, damaged ones aside and reports each.
 
         Raises:
             OSError: A damaged one cannot be moved.
         """
         for path in reversed(self.list_checkpoints()):
-            kept = self._verify_once(path, tell)
+            kept = self._verify_once(path, say)
             if kept:
                 return kept
         return None
 
     def rotate(
-        self, keep: int, keep_every: int, keep_best: bool, tell: Callable[[str], None]
+        self, keep: int, keep_every: int, keep_best: bool, say: Callable[[str], None]
     ) -> None:
-        """Deletes what is not to be kept; only good checkpoints count as kept.
+        """Deletes old checkpoints; only good ones count as kept.
 
         Args:
-            keep: Newest ones to keep.
-            keep_every: Those of a step divisible by it stay too; 0: none.
-            keep_best: The one of the lowest held-out loss stays too.
-            tell: Gets a line on each damaged one that was met, and moved aside.
+            keep: Number of newest checkpoints to keep.
+            keep_every: Keep those of a step divisible by it, too; 0: none.
+            keep_best: Keep the one of the lowest held-out loss, too.
+            say: Called with a line on each damaged checkpoint, which is moved aside.
 
         Raises:
             OSError: The disk refused; the next rotation tries again.
         """
-        found = [self._verify_once(path, tell) for path in reversed(self.list_checkpoints())]
+        found = [self._verify_once(path, say) for path in reversed(self.list_checkpoints())]
         good = [kept for kept in found if kept]
         spared = {kept.path for kept in good[:keep]}
         if keep_every:
@@ -266,11 +244,11 @@ class CheckpointStore:
                 self._delete(kept.path)
 
     def count_free_bytes(self) -> int:
-        """Free space where the directories lie."""
+        """Returns the free space on the disk of the checkpoints."""
         return self._disk.count_free_bytes(self.folder)
 
     def set_aside(self, path: Path) -> Path:
-        """Moves a directory out of the way, under a name that no save and no resume looks at."""
+        """Renames a folder so that no save and no resume looks at it; returns the new path."""
         taken = set(self._disk.list(self.folder))
         base = f"{_DAMAGED}{path.name}"
         names = [base, *(f"{base}-{number}" for number in range(2, len(taken) + 3))]
@@ -280,20 +258,20 @@ class CheckpointStore:
         self._verified.pop(path, None)
         return aside
 
-    def delete_unfinished(self) -> None:
-        """Deletes what interrupted saves and deletions left, as far as the disk allows."""
+    def _delete_leftovers(self) -> None:
+        """Deletes the folders of interrupted saves and deletions, as far as the disk allows."""
         for name in self._disk.list(self.folder):
             if name.startswith((_UNFINISHED, _DELETED)):
                 self.abandon(self.folder / name)
 
     def _seal(self, unfinished: Path, manifest: Manifest) -> None:
-        """Vouches for what was written: first the manifest, then COMMIT, then the names."""
+        """Writes and syncs first the manifest, then COMMIT, then the folder's names."""
         sealed = self.write_file(unfinished, MANIFEST, [memoryview(_dump(manifest))])
         self.write_file(unfinished, COMMIT, [memoryview(f"{sealed.sha256}\n".encode())])
         self._disk.sync_folder(unfinished)
 
     def _delete(self, path: Path) -> None:
-        """Deletes a checkpoint; it loses its name first, so that nobody ever sees a part of it."""
+        """Deletes a checkpoint; renames it first, so that nobody ever sees a part of it."""
         deleted = self.folder / f"{_DELETED}{path.name}"
         self._verified.pop(path, None)
         self._disk.rename(path, deleted)
@@ -308,12 +286,12 @@ class CheckpointStore:
                 self._disk.delete_file(path / name)
         self._disk.delete_folder(path)
 
-    def _verify_once(self, path: Path, tell: Callable[[str], None]) -> GoodCheckpoint | None:
+    def _verify_once(self, path: Path, say: Callable[[str], None]) -> GoodCheckpoint | None:
         if path not in self._verified:
             try:
                 self._verified[path] = self.verify(path)
             except DamagedError as error:
-                tell(f"{path}: damaged: {error}; moved to {self.set_aside(path).name}")
+                say(f"{path}: damaged: {error}; moved to {self.set_aside(path).name}")
                 return None
         return GoodCheckpoint(path, self._verified[path])
 
@@ -337,7 +315,7 @@ class CheckpointStore:
         for name in sorted(listed):
             if not _PLAIN_NAME.fullmatch(name) or name.endswith(_REFUSED_SUFFIXES):
                 raise DamagedError(f"{name} is no file that a checkpoint holds")
-        # Dot files are the business of the file system and of editors; nothing here loads them.
+        # Dot files belong to the file system and to editors; nothing loads them.
         found = {name for name in self._disk.list(path) if not name.startswith(".")}
         for name in sorted(listed ^ found):
             raise DamagedError(
@@ -359,8 +337,58 @@ class CheckpointStore:
             raise DamagedError(f"{file.name} is not as it was written: its SHA-256 differs")
 
 
+def locate_checkpoints(place: Path) -> tuple[CheckpointStore, list[Path]]:
+    """Decides which checkpoints a path means.
+
+    Args:
+        place: A run's folder, its checkpoints folder, or one checkpoint.
+
+    Returns:
+        The store and its checkpoints, the oldest step first; only `place` if that is a checkpoint.
+
+    Raises:
+        CheckpointError: The path cannot be read.
+    """
+    try:
+        is_one = (place / COMMIT).exists() or (place / MANIFEST).exists()
+        folder = place if is_one or not (place / "checkpoints").is_dir() else place / "checkpoints"
+        if is_one or _CHECKPOINT.fullmatch(folder.name):
+            return CheckpointStore(place.parent, FileSystem()), [place]
+        store = CheckpointStore(folder, FileSystem())
+        return store, store.list_checkpoints()
+    except OSError as error:
+        raise CheckpointError(f"{place}: cannot be read: {error.strerror}") from error
+
+
+def find_checkpoint(place: Path, say: Callable[[str], None]) -> GoodCheckpoint:
+    """Finds the newest good checkpoint that a path means, and verifies every byte of it.
+
+    Changes nothing, so that it may be used on another run's folder.
+
+    Args:
+        place: See `locate_checkpoints`.
+        say: Called with a line on each newer checkpoint that is not good.
+
+    Raises:
+        CheckpointError: There is no good one; says why for each.
+    """
+    store, paths = locate_checkpoints(place)
+    problems = []
+    for path in reversed(paths):
+        try:
+            found = GoodCheckpoint(path, store.verify(path))
+        except (DamagedError, OSError) as error:
+            problems.append(f"{path}: not a good checkpoint: {error}")
+            continue
+        for problem in problems:
+            say(problem)
+        return found
+    problems.append(f"{place}: no good checkpoint; give a run's folder or a checkpoint-N")
+    raise CheckpointError("\n".join(problems))
+
+
 def find_best(good: Iterable[GoodCheckpoint]) -> GoodCheckpoint | None:
-    """Gives the checkpoint of the lowest held-out loss, the newest of equal ones."""
+    """Returns the checkpoint of the lowest held-out loss, the newest of equal ones."""
     measured = [kept for kept in good if kept.manifest.held_out_loss is not None]
     return min(
         measured,

@@ -99,12 +99,12 @@ class Engine:
         """
         if moments is None:
             return
-        moments.refuse_misfits(self.moment_kinds())
+        moments.refuse_misfits(self.moment_specs())
         for name, parameter in self.trained.items():
             saved = {m: _read(moments, f"{name}/{m}", parameter) for m in self._moments_of(name)}
             self.optimizer.put_state(parameter, saved)
 
-    def moment_kinds(self) -> dict[str, TensorSpec]:
+    def moment_specs(self) -> dict[str, TensorSpec]:
         """Returns type and unsharded shape of each of the optimizer's tensors."""
         return {
             f"{name}/{moment}": spec_of(blank)
@@ -127,7 +127,7 @@ def _gather(tensor: torch.Tensor) -> torch.Tensor:
 
 def _read(saved: SavedTensors, key: str, parameter: torch.Tensor) -> torch.Tensor:
     """Reads a moment to its parameter's device; of a sharded one, only this rank's rows."""
-    if not isinstance(parameter, DTensor) or not saved.kinds[key].shape:
+    if not isinstance(parameter, DTensor) or not saved.specs[key].shape:
         return saved.read(key).to(parameter.device)
     mesh, placements = parameter.device_mesh, parameter.placements
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)

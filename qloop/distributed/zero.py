@@ -95,7 +95,7 @@ class ZeroEngine(Engine):
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if moments is not None:
-            moments.refuse_misfits(self.moment_kinds())
+            moments.refuse_misfits(self.moment_specs())
         for name, source in self._find_sources()[1].items():
             if isinstance(source, torch.nn.Parameter):
                 safe_set_full_fp32_param(source, weights.read(name).to(self.accelerator.device))

@@ -1,8 +1,8 @@
-"""Tensors to safetensors, piece by piece, and what a file of them holds.
+"""Writes tensors as safetensors, one at a time, and reads what a file holds.
 
-The library writes a file in one go, so nothing could hash the bytes on their way to the disk. The
-format is small enough to be written here: the length of a JSON header, the header with type, shape
-and place of each tensor, then their bytes. (https://github.com/huggingface/safetensors)
+The library writes a whole file in one call, which leaves no place to hash the bytes on their way to
+the disk. The format is small: the length of a JSON header, the header with type, shape and offsets
+of each tensor, then their bytes. (https://github.com/huggingface/safetensors)
 """
 
 import json
@@ -21,11 +21,10 @@ _TYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-
+_BYTES = {name: dtype.itemsize for dtype, name in _TYPES.items()}
 
 INDEX = ".safetensors.index.json"
-
-_BYTES = {name: dtype.itemsize for dtype, name in _TYPES.items()}
+"""Ending of the file that lists which tensor is in which file, as transformers names it."""
 
 
 class TensorSpec(NamedTuple):
@@ -36,48 +35,48 @@ class TensorSpec(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Size of such a tensor."""
+        """Size of such a tensor in bytes."""
         return _BYTES[self.dtype] * math.prod(self.shape)
 
 
 class LazyTensor(NamedTuple):
-    """A tensor that is to be saved, and that may lie in shards on many ranks."""
+    """A tensor to save, which may be sharded over the ranks."""
 
-    kind: TensorSpec
+    spec: TensorSpec
     gather: Callable[[], torch.Tensor]
-    """Gives it whole; where it is sharded, every rank has to call it, in the same order."""
+    """Returns the whole tensor; of a sharded one, all ranks call it, in the same order."""
 
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
-    """Gives a tensor's type and shape.
+    """Returns a tensor's type and shape.
 
     Raises:
-        CheckpointError: It is of a type that is not saved.
+        CheckpointError: The type has no name in the format.
     """
     if tensor.dtype not in _TYPES:
         raise CheckpointError(f"a tensor of type {tensor.dtype} cannot be saved")
     return TensorSpec(_TYPES[tensor.dtype], tuple(tensor.shape))
 
 
-def align(kinds: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Puts the widest types first, so that every tensor of a file is aligned to its own size."""
-    return dict(sorted(kinds.items(), key=lambda item: (-_BYTES[item[1].dtype], item[0])))
+def align(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Sorts the widest types first, so that every tensor of a file is aligned to its item size."""
+    return dict(sorted(specs.items(), key=lambda item: (-_BYTES[item[1].dtype], item[0])))
 
 
 def encode_tensors(
-    kinds: Mapping[str, TensorSpec], tensors: Iterable[torch.Tensor]
+    specs: Mapping[str, TensorSpec], tensors: Iterable[torch.Tensor]
 ) -> Iterator[memoryview]:
-    """Yields the bytes of a safetensors file; each tensor is copied to the CPU in its turn.
+    """Yields the bytes of a safetensors file; copies one tensor at a time to the CPU.
 
     Args:
-        kinds: What the file will hold, aligned.
-        tensors: In the same order.
+        specs: The tensors of the file, aligned.
+        tensors: Their values, in the same order.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     end = 0
-    for name, kind in kinds.items():
-        start, end = end, end + kind.nbytes
-        header[name] = {"dtype": kind.dtype, "shape": kind.shape, "data_offsets": [start, end]}
+    for name, spec in specs.items():
+        start, end = end, end + spec.nbytes
+        header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
@@ -86,68 +85,68 @@ def encode_tensors(
         yield flat.view(torch.uint8).numpy().data
 
 
-def deal_out(kinds: Mapping[str, TensorSpec], num_writers: int) -> list[dict[str, TensorSpec]]:
-    """Deals tensors to writers, the largest first, each to the one with the fewest bytes so far.
+def deal_out(specs: Mapping[str, TensorSpec], num_writers: int) -> list[dict[str, TensorSpec]]:
+    """Deals tensors to writers, the largest first, each to the writer with the fewest bytes so far.
 
     Of three tensors of 4, 3 and 2 values, two writers get [4] and [3, 2].
     """
     shares: list[dict[str, TensorSpec]] = [{} for _ in range(num_writers)]
     sizes = [0] * num_writers
-    for name in sorted(kinds, key=lambda name: (-kinds[name].nbytes, name)):
+    for name in sorted(specs, key=lambda name: (-specs[name].nbytes, name)):
         writer = sizes.index(min(sizes))
-        shares[writer][name] = kinds[name]
-        sizes[writer] += kinds[name].nbytes
+        shares[writer][name] = specs[name]
+        sizes[writer] += specs[name].nbytes
     return [align(share) for share in shares]
 
 
 def name_parts(stem: str, count: int) -> list[str]:
-    """Names the files of a stem, as transformers does: `model-00001-of-00002.safetensors`."""
+    """Returns the file names of a stem, as in transformers: `model-00001-of-00002.safetensors`."""
     if count == 1:
         return [f"{stem}.safetensors"]
     return [f"{stem}-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
 
 
 def index_of(parts: Mapping[str, Mapping[str, TensorSpec]]) -> bytes:
-    """Says which tensor is in which file, as transformers reads it: stem + INDEX."""
-    size = sum(kind.nbytes for kinds in parts.values() for kind in kinds.values())
-    where = {name: file for file, kinds in parts.items() for name in kinds}
+    """Returns the content of the index file: which tensor is in which file."""
+    size = sum(spec.nbytes for specs in parts.values() for spec in specs.values())
+    where = {name: file for file, specs in parts.items() for name in specs}
     content = {"metadata": {"total_size": size}, "weight_map": where}
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def gather_mine(
-    pieces: Mapping[str, LazyTensor], names: Mapping[str, TensorSpec]
+    tensors: Mapping[str, LazyTensor], mine: Mapping[str, TensorSpec]
 ) -> Iterator[torch.Tensor]:
-    """Yields the tensors of some names, in their order; takes part in gathering all others too.
+    """Yields this rank's tensors; takes part in gathering all others, too.
 
     Args:
-        pieces: All that are gathered, in an order that is the same on every rank.
-        names: Those to yield, in the same order.
+        tensors: All tensors, in an order that is the same on every rank.
+        mine: Those to yield, in the same order.
     """
-    for name, piece in pieces.items():
-        tensor = piece.gather()
-        if name in names:
-            yield tensor
+    for name, tensor in tensors.items():
+        whole = tensor.gather()
+        if name in mine:
+            yield whole
 
 
 class SavedTensors:
     """The tensors of `stem.safetensors`, or of `stem-00001-of-00004.safetensors` and so on."""
 
     def __init__(self, folder: Path, stem: str) -> None:
-        """Reads names, types and shapes, and no values.
+        """Reads names, types and shapes; no values.
 
         Raises:
-            CheckpointError: There is no such file, or it is no safetensors file.
+            CheckpointError: There is no such file, or it is not a safetensors file.
         """
         whole = folder / f"{stem}.safetensors"
         files = [whole] if whole.exists() else sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
         self.place = folder / f"{stem}*.safetensors" if len(files) > 1 else whole
-        self.kinds: dict[str, TensorSpec] = {}
+        self.specs: dict[str, TensorSpec] = {}
         self._files: dict[str, Path] = {}
         for file in files or [whole]:
-            kinds = _read_kinds(file)
-            self.kinds.update(kinds)
-            self._files.update(dict.fromkeys(kinds, file))
+            specs = _read_specs(file)
+            self.specs.update(specs)
+            self._files.update(dict.fromkeys(specs, file))
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
         """Reads a tensor to the CPU, or some of its rows."""
@@ -160,9 +159,9 @@ class SavedTensors:
         """Compares names, types and shapes with those of the live model.
 
         Raises:
-            CheckpointError: They differ, with the first of each sort of difference.
+            CheckpointError: They differ; names the first of each sort of difference.
         """
-        found = self.kinds
+        found = self.specs
         problems = []
         missing = sorted(expected.keys() - found.keys())
         unknown = sorted(found.keys() - expected.keys())
@@ -171,18 +170,18 @@ class SavedTensors:
         if missing:
             problems.append(f"lacks {len(missing)} tensors, the first {missing[0]}")
         if unknown:
-            problems.append(f"holds {len(unknown)} that the model has not, the first {unknown[0]}")
+            problems.append(f"holds {len(unknown)} that the model lacks, the first {unknown[0]}")
         if other:
             name = other[0]
             problems.append(
-                f"holds {len(other)} of another kind, the first {name}: {_show(found[name])} "
-                f"instead of {_show(expected[name])}"
+                f"holds {len(other)} of another type or shape, the first {name}: "
+                f"{_show(found[name])} instead of {_show(expected[name])}"
             )
         if problems:
             raise CheckpointError(f"{self.place}: {'; '.join(problems)}")
 
 
-def _read_kinds(file: Path) -> dict[str, TensorSpec]:
+def _read_specs(file: Path) -> dict[str, TensorSpec]:
     try:
         with safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
@@ -194,30 +193,30 @@ def _read_kinds(file: Path) -> dict[str, TensorSpec]:
         raise CheckpointError(f"{file}: not readable: {error}") from error
 
 
-def _show(kind: TensorSpec) -> str:
-    return f"{kind.dtype} {list(kind.shape)}"
+def _show(spec: TensorSpec) -> str:
+    return f"{spec.dtype} {list(spec.shape)}"
 
 
 class HostCopies:
-    """Copies of tensors in host memory that is taken once and used again at every save."""
+    """Copies of tensors in host memory, which is allocated once and reused by every save."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
 
     @property
     def nbytes(self) -> int:
-        """Memory taken so far."""
+        """Bytes allocated so far."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def take(
-        self, file: str, kinds: Mapping[str, TensorSpec], tensors: Iterable[torch.Tensor]
+        self, file: str, specs: Mapping[str, TensorSpec], tensors: Iterable[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Copies a file's tensors; whole on return, and overwritten by the next call."""
+        """Copies a file's tensors; complete on return, overwritten by the next call."""
         copies = []
-        for name, tensor in zip(kinds, tensors, strict=True):
+        for name, tensor in zip(specs, tensors, strict=True):
             buffer = self._buffers.get((file, name))
             if buffer is None or spec_of(buffer) != spec_of(tensor):
-                # Pinned memory lets the GPU write all copies at its own pace.
+                # Pinned memory makes the copies from a GPU asynchronous.
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self._buffers[file, name] = buffer
             copies.append(buffer.copy_(tensor.detach(), non_blocking=True))

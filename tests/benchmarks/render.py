@@ -135,12 +135,15 @@ def format_saving(results: dict) -> str:
         [
             row["way"],
             f"{row['blocked_seconds']:.3f} s",
+            f"{row['commit_seconds']:.3f} s" if "commit_seconds" in row else "in the background",
             f"{row['share_of_step']:.0%}",
             f"{row['next_step_ratio']:.2f}",
         ]
         for row in results["rows"]
     ]
-    columns = "save | blocks the loop for | share of a step | the next step, relative to others"
+    columns = (
+        "save | blocks the loop | commit | share of a step | the next step, relative to others"
+    )
     return f"{results['setup']}; {results['machine']}.\n\n{format_table(columns, rows)}"
 
 

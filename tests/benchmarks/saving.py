@@ -1,9 +1,9 @@
-"""How long the loop stands still for a save, and what hashing and syncing cost.
+"""Seconds for which a save blocks the loop, its commit included; the cost of hashing and syncing.
 
     python tests/benchmarks/saving.py [STEPS]      # 24 steps a way, a save every 6
 
-A model of 29 million parameters is trained on the embedded corpus, once for each way to save; the
-last row lets `accelerate.save_state` write the same tensors in the same run. Figures are medians.
+A model of 29 million parameters is trained on the embedded corpus, once for each way to save; in
+the last row, `accelerate.save_state` writes the same tensors in the same run. Figures are medians.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +25,9 @@ from render import save as save_results
 from qloop.checkpoint import store
 from qloop.checkpoint.manager import CheckpointManager
 from qloop.config.loading import load_config
+from qloop.distributed.engine import Engine
 from qloop.report.console import quieten_libraries
+from qloop.steps import Progress
 from qloop.storage.filesystem import FileSystem
 from qloop.train import train
 
@@ -45,10 +47,10 @@ MODEL = {
 
 
 class NoDigest:
-    """Stands where SHA-256 would be computed."""
+    """In place of SHA-256; computes nothing."""
 
     def update(self, data: memoryview) -> None:
-        """Takes bytes and does nothing."""
+        pass
 
     def hexdigest(self) -> str:
         return hashlib.sha256(b"").hexdigest()
@@ -64,7 +66,7 @@ class NoHashlib:
 
 @contextlib.contextmanager
 def without(hashing: bool = False, syncing: bool = False):
-    """Leaves out a part of a save."""
+    """Saves without a part of the work."""
     kept = store.hashlib, FileSystem.sync, FileSystem.sync_folder
     if hashing:
         store.hashlib = NoHashlib  # type: ignore[attr-defined]
@@ -76,16 +78,39 @@ def without(hashing: bool = False, syncing: bool = False):
         store.hashlib, FileSystem.sync, FileSystem.sync_folder = kept  # type: ignore
 
 
-def measure(folder: Path, steps: int, is_async: bool, save: Callable | None = None) -> dict:
-    """Trains once; gives seconds of the loop per save, of a step, and of a step during a commit."""
-    stood_still: list[float] = []
-    manager_save = CheckpointManager.save
+@contextlib.contextmanager
+def timing(save: Callable | None) -> Iterator[list[tuple[float, float]]]:
+    """Yields seconds of each save and of its commit; `save` replaces the manager's."""
+    manager_save, manager_poll = CheckpointManager.save, CheckpointManager.poll
+    blocked: list[tuple[float, float]] = []
+    saving = False
 
     def timed_save(self: CheckpointManager, *values) -> None:
+        nonlocal saving
+        saving = True
         started = time.perf_counter()
         (save or manager_save)(self, *values)
-        stood_still.append(time.perf_counter() - started)
+        blocked.append((time.perf_counter() - started, 0.0))
+        saving = False
 
+    def timed_poll(self: CheckpointManager, *values, **keys) -> None:
+        started = time.perf_counter()
+        manager_poll(self, *values, **keys)
+        if blocked and not saving:
+            saved, committed = blocked[-1]
+            blocked[-1] = saved, committed + time.perf_counter() - started
+
+    CheckpointManager.save = timed_save  # type: ignore[method-assign]
+    CheckpointManager.poll = timed_poll  # type: ignore[method-assign]
+    try:
+        yield blocked
+    finally:
+        CheckpointManager.save = manager_save  # type: ignore[method-assign]
+        CheckpointManager.poll = manager_poll  # type: ignore[method-assign]
+
+
+def measure(folder: Path, steps: int, is_async: bool, save: Callable | None = None) -> dict:
+    """Trains once; returns seconds of a save, of its commit, of a step, and of the step after."""
     config = load_config(
         ROOT / "configs/demo.toml",
         {
@@ -103,29 +128,29 @@ def measure(folder: Path, steps: int, is_async: bool, save: Callable | None = No
             "async_checkpoint": str(is_async).lower(),
         },
     ).config
-    CheckpointManager.save = timed_save  # type: ignore[method-assign]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            train(config, [])
-    finally:
-        CheckpointManager.save = manager_save  # type: ignore[method-assign]
+    with timing(save) as blocked, contextlib.redirect_stdout(io.StringIO()):
+        train(config, [])
     records = map(json.loads, (folder / "demo/logs/metrics.jsonl").read_text().splitlines())
     seconds = {r["step"]: r["forward_backward_seconds"] + r["update_seconds"] for r in records}
     after = [seconds[s] for s in seconds if s % SAVE_STEPS == 1 and SAVE_STEPS < s <= steps]
     others = [seconds[s] for s in seconds if s % SAVE_STEPS > 2]
     return {
-        "stood_still": statistics.median(stood_still[:-1]),
+        "save": statistics.median(saved for saved, _ in blocked[:-1]),
+        "commit": statistics.median(committed for _, committed in blocked[:-1]),
         "step": statistics.median(others),
         "step_after": statistics.median(after),
     }
 
 
-def save_by_accelerate(self: CheckpointManager, engine, progress, *_) -> None:
-    """Writes the same tensors the way that accelerate does."""
-    accelerator = self._accelerator
-    if not accelerator._models:
-        accelerator.prepare(engine.model, engine.optimizer)
-    accelerator.save_state(str(self._store.folder / f"state-{progress.step}"))
+def save_by_accelerate(folder: Path) -> Callable:
+    """Returns a `save` that writes the same tensors as accelerate does."""
+
+    def save(manager: CheckpointManager, engine: Engine, progress: Progress, *_) -> None:
+        if not engine.accelerator._models:
+            engine.accelerator.prepare(engine.model, engine.optimizer)
+        engine.accelerator.save_state(str(folder / f"state-{progress.step}"))
+
+    return save
 
 
 def main() -> None:
@@ -133,24 +158,27 @@ def main() -> None:
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 24
     os.chdir(ROOT)
     quieten_libraries()
-    ways: dict[str, tuple[bool, dict, Callable | None]] = {
-        "in the background (the default)": (True, {}, None),
-        "synchronous (async_checkpoint = false)": (False, {}, None),
-        "synchronous, without fsync": (False, {"syncing": True}, None),
-        "synchronous, without SHA-256": (False, {"hashing": True}, None),
-        "synchronous, without both": (False, {"syncing": True, "hashing": True}, None),
-        "accelerate.save_state": (False, {}, save_by_accelerate),
+    ways: dict[str, tuple[bool, dict]] = {
+        "in the background (the default)": (True, {}),
+        "synchronous (async_checkpoint = false)": (False, {}),
+        "synchronous, without fsync": (False, {"syncing": True}),
+        "synchronous, without SHA-256": (False, {"hashing": True}),
+        "synchronous, without both": (False, {"syncing": True, "hashing": True}),
+        "accelerate.save_state": (False, {}),
     }
     rows = []
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "config.json").write_text(json.dumps(MODEL))
-        for number, (name, (is_async, left_out, save)) in enumerate(ways.items()):
+        for number, (name, (is_async, left_out)) in enumerate(ways.items()):
+            folder = Path(place) / str(number)
+            save = save_by_accelerate(folder) if name.startswith("accelerate") else None
             with without(**left_out):
-                result = measure(Path(place) / str(number), steps, is_async, save)
+                result = measure(folder, steps, is_async, save)
             row = {
                 "way": name,
-                "blocked_seconds": result["stood_still"],
-                "share_of_step": result["stood_still"] / result["step"],
+                "blocked_seconds": result["save"],
+                "commit_seconds": result["commit"],
+                "share_of_step": (result["save"] + result["commit"]) / result["step"],
                 "next_step_ratio": result["step_after"] / result["step"],
             }
             rows.append(row)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save
-from workspace import Workspace, reset_accelerate, write_model_config
+from workspace import Workspace, reset_accelerate, write_checkpoint, write_model_config
 
 import qloop.checkpoint.export
 from qloop.checkpoint.export import export
@@ -67,7 +67,7 @@ def remake(folder: Path, checkpoint: Path, **replaced: bytes | None) -> Path:
         for name, content in contents.items()
         if content is not None and name not in ("COMMIT", "manifest.json")
     ]
-    return CheckpointStore(folder, FileSystem()).write(2, files, {}).path
+    return write_checkpoint(CheckpointStore(folder, FileSystem()), 2, files, {}).path
 
 
 def test_a_full_checkpoint_in_fp32_keeps_every_bit_and_nothing_of_training(workspace, tmp_path):
@@ -230,7 +230,7 @@ def test_of_a_run_the_newest_good_checkpoint_is_taken_and_nothing_is_moved(works
 def test_a_damaged_checkpoint_is_refused(workspace, tmp_path):
     folder = shutil.copytree(run(workspace, "full") / "checkpoints/checkpoint-2", tmp_path / "c")
     (folder / "COMMIT").unlink()
-    with pytest.raises(CheckpointError, match=r"COMMIT is missing\n.*: nothing to export; give a"):
+    with pytest.raises(CheckpointError, match=r"COMMIT is missing\n.*: no good checkpoint; give a"):
         export_to(tmp_path / "model", folder)
 
 
@@ -266,32 +266,40 @@ def test_a_link_to_where_models_go_is_followed(workspace, tmp_path):
 
 
 def test_the_name_is_given_when_every_file_is_on_the_disk(workspace, tmp_path, monkeypatch):
-    """The real disk, which also writes down what is asked of it."""
+    source = run(workspace, "full")
     calls: list[str] = []
-    names: dict[int, str] = {}
+    fsync, rename = os.fsync, Path.rename
 
-    class Disk(FileSystem):
-        def create(self, path):
-            descriptor = super().create(path)
-            names[descriptor] = path.name
-            return descriptor
+    def record_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        calls.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
 
-        def sync(self, descriptor):
-            super().sync(descriptor)
-            calls.append(names[descriptor])
+    def record_rename(self: Path, target: Path) -> Path:
+        calls.append("rename")
+        return rename(self, target)
 
-        def sync_folder(self, path):
-            super().sync_folder(path)
-            calls.append("parent" if path == tmp_path else "folder")
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "rename", record_rename)
+    export_to(tmp_path / "model", source)
+    *synced, folder, renamed, parent = calls
+    assert {file.name for file in (tmp_path / "model").iterdir()} <= set(synced)
+    assert folder.startswith(".exporting-model-")
+    assert (renamed, parent) == ("rename", tmp_path.name)
 
-        def rename(self, source, target):
-            super().rename(source, target)
-            calls.append("rename")
 
-    monkeypatch.setattr(qloop.checkpoint.export, "FileSystem", Disk)
-    export_to(tmp_path / "model", run(workspace, "full"))
-    assert calls[-3:] == ["folder", "rename", "parent"]
-    assert sorted(calls[:-3]) == sorted(file.name for file in (tmp_path / "model").iterdir())
+def test_a_destination_that_is_filled_meanwhile_is_left_alone(workspace, tmp_path, monkeypatch):
+    find_checkpoint = qloop.checkpoint.export.find_checkpoint
+
+    def find_and_fill(*values):
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model/mine").write_text("mine")
+        return find_checkpoint(*values)
+
+    source = run(workspace, "full")
+    monkeypatch.setattr(qloop.checkpoint.export, "find_checkpoint", find_and_fill)
+    with pytest.raises(ConfigError, match="Directory not empty; give another folder"):
+        export_to(tmp_path / "model", source)
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "mine"]
 
 
 def test_a_whole_model_needs_no_base(workspace, tmp_path):

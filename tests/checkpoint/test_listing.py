@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+from workspace import write_checkpoint
 
 from qloop.checkpoint.store import CheckpointStore
 from qloop.cli import main
@@ -17,7 +18,8 @@ def run(tmp_path):
     store = CheckpointStore(tmp_path / "run/checkpoints", FileSystem())
     for step, loss in ((5, 9.0), (10, 1.25), (20, None), (30, 1.5)):
         content = memoryview(bytes(range(256)) * step)
-        store.write(step, [("model.safetensors", [content])], {"loss": step / 8}, loss)
+        files = [("model.safetensors", [content])]
+        write_checkpoint(store, step, files, {"loss": step / 8}, loss)
     store.set_aside(store.folder / "checkpoint-5")
     (store.folder / "damaged-checkpoint-5/COMMIT").unlink()
     weights = store.folder / "checkpoint-30/model.safetensors"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qloop.checkpoint.resume import read_checkpoint, restore
 from qloop.config.keys import Config
 from qloop.errors import CheckpointError, ConfigError
-from qloop.run import assemble
+from qloop.run import build_run
 from qloop.train import train
 
 
@@ -90,6 +90,16 @@ def test_a_named_checkpoint_that_is_missing_is_an_error(config, make_config):
         train(make_config(resume=checkpoints_of(config) / "checkpoint-5"), [])
 
 
+def test_a_named_run_is_gone_on_with_from_its_newest_good_checkpoint(config, make_config, capsys):
+    folder = checkpoints_of(config)
+    damage(folder / "checkpoint-6")
+    train(make_config(resume=folder.parent, experiment_name="branch"), [])
+    said = capsys.readouterr().out
+    assert "checkpoint-6: not a good checkpoint: model.safetensors is not as it was" in said
+    assert f"going on from {folder / 'checkpoint-3'}" in said
+    assert (folder / "checkpoint-6").is_dir()
+
+
 def test_another_runs_checkpoint_under_a_fitting_name_is_refused(config, make_config):
     other = make_config(experiment_name="other", seed=7)
     train(other, [])
@@ -134,14 +144,14 @@ def test_another_optimizer_is_refused_and_where_it_is_allowed_its_moments_start_
 
 def test_moments_that_are_merely_paged_go_on(config, make_config):
     checkpoint = read_checkpoint(checkpoints_of(config) / "checkpoint-6")
-    parts = assemble(make_config(experiment_name="other"), [])
+    run = build_run(make_config(experiment_name="other"))
     checkpoint.provenance.config["optimizer"]["optimizer"] = "paged_adamw"
-    assert restore(parts.engine, checkpoint, "adamw") == ""
-    parts.close()
+    assert restore(run.engine, checkpoint, "adamw") == ""
+    run.close()
     saved = load_file(checkpoint.path / "optimizer.safetensors")
-    pieces = parts.engine.collect_moments()
-    assert pieces.keys() == saved.keys()
-    assert all(torch.equal(piece.gather(), saved[name]) for name, piece in pieces.items())
+    moments = run.engine.collect_moments()
+    assert moments.keys() == saved.keys()
+    assert all(torch.equal(moment.gather(), saved[name]) for name, moment in moments.items())
 
 
 def test_another_step_size_goes_on_with_the_next_block(make_config):
@@ -195,3 +205,33 @@ def test_a_refused_start_leaves_no_folder_and_no_lock(make_config, tmp_path):
         with pytest.raises(Exception, match="nowhere"):
             train(config, [])
     assert not (config.run.output_dir / "run").exists()
+
+
+@pytest.mark.parametrize("harm", ["missing", "renamed", "reshaped", "retyped", "garbage"])
+def test_moments_that_do_not_fit_are_refused_by_name(config, make_config, harm):
+    folder = checkpoints_of(config) / "checkpoint-6"
+    run = build_run(make_config(experiment_name="other"))
+    tensors = load_file(folder / "optimizer.safetensors")
+    name = "model.norm.weight"
+    if harm == "missing":
+        tensors = {key: value for key, value in tensors.items() if key != f"{name}/exp_avg"}
+    elif harm == "renamed":
+        tensors["nobody/exp_avg"] = tensors.pop(f"{name}/exp_avg")
+    elif harm == "reshaped":
+        tensors[f"{name}/exp_avg"] = torch.zeros(3)
+    elif harm == "retyped":
+        tensors[f"{name}/exp_avg"] = tensors[f"{name}/exp_avg"].half()
+    save_file(tensors, folder / "optimizer.safetensors")
+    if harm == "garbage":
+        (folder / "optimizer.safetensors").write_bytes(b"no tensors")
+    before = [moment.gather().clone() for moment in run.engine.collect_moments().values()]
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors"):
+        restore(run.engine, read_checkpoint(folder), "adamw")
+    after = [moment.gather() for moment in run.engine.collect_moments().values()]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True)), "nothing was loaded"
+    run.close()
+
+
+def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint to go on from"):
+        read_checkpoint(tmp_path)

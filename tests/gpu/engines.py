@@ -84,12 +84,13 @@ def compare(engine: str, method: str, arguments: argparse.Namespace, first: list
     difference = max(abs(a["loss"] - b["loss"]) for a, b in zip(curve, first, strict=True))
     speed = sorted(record["tokens_per_second"] for record in curve[5:])
     log = (folder.parent / f"{folder.name}.log").read_text().splitlines()
-    stood = [line.split("stood still for ")[1][:-1] for line in log if "stood still" in line]
+    mark = "blocked the loop for "
+    blocked = [line.split(mark)[1][:-1] for line in log if mark in line]
     peak = (curve[-1].get("peak_memory_bytes") or 0) / 2**30
     return (
         f"| {method} | {engine} | {curve[0]['loss']:.4f} | {curve[-1]['loss']:.4f} "
         f"| {difference:.1e} | {repeats} | {speed[len(speed) // 2]:,.0f} | {peak:.1f} "
-        f"| {stood[0] if stood else '-'} |"
+        f"| {blocked[0] if blocked else '-'} |"
     )
 
 

@@ -140,7 +140,7 @@ def try_all(workspace: Workspace, sizes: list[int], results: Path) -> None:
 
 
 def run_full_disks(workspace: Workspace, sizes: list[int]) -> Row:
-    """Tries every size in kilobytes, half of them with saves behind the loop."""
+    """Tries every size in kilobytes, half of them with background saves."""
     results, log = workspace.folder / "full-disk.json", workspace.folder / "full-disk.log"
     code = finish(fork(lambda: try_all(workspace, sizes, results), log))
     failures, refused = [log.read_text()[-2000:]], 0

@@ -1,7 +1,8 @@
 """The order of a save, tried out at every call on a simulated disk.
 
-A workload saves six checkpoints with rotation. It is stopped at a call: by kill -9, by a loss of
-power, by a full disk, by an I/O error. Then a new process looks at the disk and must find:
+A workload saves six checkpoints and rotates before each, and after every second one, as the manager
+does for background saves and for synchronous ones. It is stopped at a call: by kill -9, by a loss
+of power, by a full disk, by an I/O error. Then a new process looks at the disk and must find:
 
 - the newest step whose save had returned, or a newer one, with the very bytes of that step;
 - two good checkpoints, once two saves had returned;
@@ -20,7 +21,7 @@ from typing import Any
 
 from disk import Crash, SimulatedDisk, crash_at, failing_between, full_between
 from rows import Row
-from workspace import Workspace
+from workspace import Workspace, write_checkpoint
 
 from qloop.checkpoint.store import (
     CheckpointStore,
@@ -41,6 +42,13 @@ class ViolationError(AssertionError):
     """A promise did not hold."""
 
 
+class Saver(CheckpointStore):
+    """Saves in one call; the variants below replace it."""
+
+    def write(self, step: int, files: Any, facts: Any, held_out_loss: Any = None) -> GoodCheckpoint:
+        return write_checkpoint(self, step, files, facts, held_out_loss)
+
+
 def content_of(step: int, name: str) -> bytes:
     """Gives the bytes of a file of a step, different for every step."""
     rng = random.Random(f"{step} {name}")
@@ -54,13 +62,16 @@ def files_of(step: int) -> Iterator[tuple[str, Iterator[memoryview]]]:
         yield name, iter([memoryview(content[:16]), memoryview(content[16:])])
 
 
-def work(store: CheckpointStore, returned: list[int], goes_on: bool = False) -> None:
-    """Saves and rotates; notes which saves returned. `goes_on` is training over errors."""
+def work(store: Saver, returned: list[int], goes_on: bool = False) -> None:
+    """Rotates and saves; notes which saves returned. `goes_on` is training over errors."""
+    rotate = functools.partial(store.rotate, 2, 30, True, lambda message: None)
     for step in STEPS:
         try:
+            rotate()
             store.write(step, files_of(step), {"loss": step / 7}, LOSSES[step])
             returned.append(step)
-            store.rotate(keep=2, keep_every=30, keep_best=True, tell=lambda message: None)
+            if step % 20 == 0:
+                rotate()
         except OSError:
             if not goes_on:
                 raise
@@ -70,7 +81,7 @@ def check(
     disk: SimulatedDisk,
     returned: list[int],
     may_be_damaged: bool = False,
-    new_store: Callable[[SimulatedDisk], CheckpointStore] | None = None,
+    new_store: Callable[[SimulatedDisk], Saver] | None = None,
 ) -> None:
     """Looks at a disk as a new process does.
 
@@ -78,7 +89,7 @@ def check(
         ViolationError: Naming the promise that did not hold.
     """
     disk.obstacle = lambda number, name: None
-    new_store = new_store or (lambda disk: CheckpointStore(ROOT, disk))
+    new_store = new_store or (lambda disk: Saver(ROOT, disk))
     told: list[str] = []
     kept = new_store(disk).find_newest(told.append)
     if told and not may_be_damaged:
@@ -87,7 +98,7 @@ def check(
         raise ViolationError(f"{returned[-1]} had returned, found {kept and kept.manifest.step}")
     if kept:
         check_content(disk, kept)
-    strict = CheckpointStore(ROOT, disk)
+    strict = Saver(ROOT, disk)
     good = [path for path in strict.list_checkpoints() if is_good(strict, path)]
     if len(good) < min(2, len(returned)):
         raise ViolationError(f"{len(good)} good after {len(returned)} saves had returned")
@@ -121,7 +132,7 @@ def is_good(store: CheckpointStore, path: Path) -> bool:
 def count_calls() -> int:
     """Counts the calls of an undisturbed workload."""
     disk = SimulatedDisk(ROOT)
-    work(CheckpointStore(ROOT, disk), [])
+    work(Saver(ROOT, disk), [])
     return len(disk.calls)
 
 
@@ -144,7 +155,7 @@ def kill(number: int) -> None:
     disk, returned = SimulatedDisk(ROOT), []
     disk.obstacle = crash_at(number)
     with contextlib.suppress(Crash):
-        work(CheckpointStore(ROOT, disk), returned)
+        work(Saver(ROOT, disk), returned)
     check(disk, returned)
 
 
@@ -154,7 +165,7 @@ def run_kills() -> Row:
     return judge("kill -9 before every call of the disk (simulated)", trials, "exhaustive")
 
 
-def lose_power(number: int, seed: str, store_type: type = CheckpointStore) -> None:
+def lose_power(number: int, seed: str, store_type: type = Saver) -> None:
     """Loses power before one call; whatever was not synced survives at random."""
     disk, returned = SimulatedDisk(ROOT), []
     disk.obstacle = crash_at(number)
@@ -184,7 +195,7 @@ def fill(seed: str) -> None:
     last = first + rng.choice([1, 2, 5, 20, 60, 1000])
     disk, returned = SimulatedDisk(ROOT), []
     disk.obstacle = full_between(first, last)
-    work(CheckpointStore(ROOT, disk), returned, goes_on=True)
+    work(Saver(ROOT, disk), returned, goes_on=True)
     check(disk, returned)
 
 
@@ -198,7 +209,7 @@ def fail(first: int, last: int) -> None:
     """Fails every call between two; training goes on over failed saves."""
     disk, returned = SimulatedDisk(ROOT), []
     disk.obstacle = failing_between(first, last)
-    work(CheckpointStore(ROOT, disk), returned, goes_on=True)
+    work(Saver(ROOT, disk), returned, goes_on=True)
     # A read that fails looks like damage: such a checkpoint is moved aside, never deleted.
     check(disk, returned, may_be_damaged=True)
 
@@ -235,7 +246,7 @@ class NoParentSync(SimulatedDisk):
             super().sync_folder(path)
 
 
-class DeletesFirst(CheckpointStore):
+class DeletesFirst(Saver):
     """Makes room before it writes, as some do, and keeps one."""
 
     def write(self, step: int, files: Any, facts: Any, held_out_loss: Any = None) -> GoodCheckpoint:
@@ -244,7 +255,7 @@ class DeletesFirst(CheckpointStore):
         return super().write(step, files, facts, held_out_loss)
 
 
-class ManifestFirst(CheckpointStore):
+class ManifestFirst(Saver):
     """Vouches for files that are still to be written, in the final folder, without a check."""
 
     def write(self, step: int, files: Any, facts: Any, held_out_loss: Any = None) -> GoodCheckpoint:
@@ -262,19 +273,19 @@ class ManifestFirst(CheckpointStore):
         return GoodCheckpoint(path, manifest)
 
 
-class NoVerification(CheckpointStore):
+class NoVerification(Saver):
     """Believes a manifest that it can read."""
 
     def verify(self, path: Path, with_hashes: bool = True) -> Manifest:
         return self._read_manifest(path)
 
 
-class SizesOnly(CheckpointStore):
+class SizesOnly(Saver):
     def verify(self, path: Path, with_hashes: bool = True) -> Manifest:
         return super().verify(path, with_hashes=False)
 
 
-class SealsAfterRename(CheckpointStore):
+class SealsAfterRename(Saver):
     """Gives the folder its name, deletes the old ones, and vouches for the new one last."""
 
     def _seal(self, unfinished: Path, manifest: Manifest) -> None:
@@ -286,7 +297,7 @@ class SealsAfterRename(CheckpointStore):
         self._disk.rename(path, unfinished)
 
 
-class RotatesFirst(CheckpointStore):
+class RotatesFirst(Saver):
     """Deletes the old ones before the new one has its name."""
 
     def _seal(self, unfinished: Path, manifest: Manifest) -> None:
@@ -295,10 +306,10 @@ class RotatesFirst(CheckpointStore):
         super()._seal(unfinished, manifest)
 
 
-class CountsUnverified(CheckpointStore):
+class CountsUnverified(Saver):
     """Rotates by name alone: a damaged one takes the place of a good one."""
 
-    def rotate(self, keep: int, keep_every: int, keep_best: bool, tell: Any) -> None:
+    def rotate(self, keep: int, keep_every: int, keep_best: bool, say: Any) -> None:
         for path in self.list_checkpoints()[:-keep]:
             self._delete(path)
 
@@ -306,9 +317,9 @@ class CountsUnverified(CheckpointStore):
 # What is broken, on which disk, and what the trials must see of it.
 MUTANTS: dict[str, tuple[type, type, str]] = {
     "deletes before it saves": (DeletesFirst, SimulatedDisk, "had returned"),
-    "syncs no file": (CheckpointStore, NoFileSync, "had returned"),
-    "syncs no folder of files": (CheckpointStore, NoFolderSync, "had returned"),
-    "syncs no parent folder": (CheckpointStore, NoParentSync, "had returned"),
+    "syncs no file": (Saver, NoFileSync, "had returned"),
+    "syncs no folder of files": (Saver, NoFolderSync, "had returned"),
+    "syncs no parent folder": (Saver, NoParentSync, "had returned"),
     "writes the manifest first": (ManifestFirst, SimulatedDisk, "moved aside"),
     "syncs no file, verifies nothing": (NoVerification, NoFileSync, "was accepted"),
     "syncs no file, compares sizes only": (SizesOnly, NoFileSync, "was accepted"),
@@ -344,14 +355,14 @@ def catch(store_type: type, disk_type: type, sign: str, trials: int, seed: int) 
 def rotate_beside_damage(store_type: type) -> None:
     """Two checkpoints rot on the disk; the next rotation must not delete the good ones for them."""
     disk = SimulatedDisk(ROOT)
-    store = CheckpointStore(ROOT, disk)
+    store = Saver(ROOT, disk)
     for step in STEPS[:4]:
         store.write(step, files_of(step), {}, None)
     for step in STEPS[2:4]:
         disk._find(ROOT / f"checkpoint-{step}" / NAMES[0]).seen[0] ^= 1
     later = store_type(ROOT, disk)
     later.write(STEPS[4], files_of(STEPS[4]), {}, None)
-    later.rotate(keep=2, keep_every=0, keep_best=False, tell=lambda message: None)
+    later.rotate(keep=2, keep_every=0, keep_best=False, say=lambda message: None)
     check(disk, list(STEPS[:3]), may_be_damaged=True)
 
 
@@ -362,9 +373,9 @@ def run_mutants(trials: int, seed: int) -> Row:
         rotate_beside_damage(CountsUnverified)
     except ViolationError:
         caught.append("counts damaged ones as kept")
-    rotate_beside_damage(CheckpointStore)
+    rotate_beside_damage(Saver)
     missed = sorted({*MUTANTS, "counts damaged ones as kept"} - {*caught})
-    if catch(CheckpointStore, SimulatedDisk, "", trials, seed):
+    if catch(Saver, SimulatedDisk, "", trials, seed):
         missed.append("the unbroken protocol is reported too")
     return Row(
         "harmful variants of the protocol, under the same trials",

@@ -33,7 +33,7 @@ def test_two_runs_of_a_trial_are_the_same():
     found = []
     for _ in range(2):
         disk = SimulatedDisk(protocol.ROOT)
-        protocol.work(protocol.CheckpointStore(protocol.ROOT, disk), [])
+        protocol.work(protocol.Saver(protocol.ROOT, disk), [])
         disk.lose_power(random.Random("x"))
         found.append([(name, disk.list(protocol.ROOT / name)) for name in disk.list(protocol.ROOT)])
         found[-1] = [(name.rsplit("-", 1)[0], files) for name, files in found[-1]]
