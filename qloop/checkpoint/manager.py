@@ -115,8 +115,7 @@ class CheckpointManager:
             progress: The counters after the step.
             loss: The step's loss.
             held_out_loss: Measured after this very step, or None.
-            must_succeed: True at the end of the run: save synchronously, raise at the first
-                failure.
+            must_succeed: True at the end of a run: save synchronously, raise at a failure.
 
         Raises:
             CheckpointError: The disk refused `max_failed_saves` saves in a row, or this one if it
@@ -131,9 +130,8 @@ class CheckpointManager:
             self._fail(str(refused), must_succeed)
             return
         shares = self._deal_out(engine)
-        in_background = (
-            self._settings.async_checkpoint and not must_succeed and self._fits_in_memory(shares)
-        )
+        may_wait = self._settings.async_checkpoint and not must_succeed
+        in_background = may_wait and self._fits_in_memory(shares)
         contents: list[tuple[Share, Iterable[torch.Tensor]]] = [
             (share, gather_mine(share.tensors, share.mine)) for share in shares
         ]
@@ -142,13 +140,12 @@ class CheckpointManager:
                 (share, self._copies.take(share.file, share.mine, tensors))
                 for share, tensors in contents
             ]
-        texts = {**self._files, PROGRESS: self._dump_progress(progress)}
-        texts |= {f"{share.stem}{INDEX}": share.index_file for share in shares if share.index_file}
+        texts = self._collect_texts(progress, shares)
         messages: list[str] = []
 
         def write() -> dict[str, File]:
-            self._rotate(messages)  # after a background save: what its commit has made superfluous
-            return self._write(unfinished, contents, texts if self._is_main else {})
+            self._rotate(messages)  # what the commit of a background save has replaced
+            return self._write(unfinished, contents, texts)
 
         self._save = _Save(
             unfinished=unfinished,
@@ -299,14 +296,20 @@ class CheckpointManager:
                 for _ in tensors:
                     pass
 
-    def _dump_progress(self, progress: Progress) -> bytes:
+    def _collect_texts(self, progress: Progress, shares: list[Share]) -> dict[str, bytes]:
+        """Returns the files without tensors, by name, which the main rank writes."""
+        if not self._is_main:
+            return {}
         content = {
             **dataclasses.asdict(progress),
             **dataclasses.asdict(self._provenance),
             "num_processes": self._accelerator.num_processes,
             "versions": {name: version(name) for name in _LIBRARIES},
         }
-        return (json.dumps(content, indent=2) + "\n").encode()
+        text = (json.dumps(content, indent=2) + "\n").encode()
+        indexes = {f"{share.stem}{INDEX}": share.index_file for share in shares}
+        indexes = {name: index for name, index in indexes.items() if index}
+        return {**self._files, PROGRESS: text, **indexes}
 
     @_refusing_the_save()
     def _commit(self, save: "_Save", files: Mapping[str, File]) -> GoodCheckpoint:
