@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from qloop.config.keys import Config
+from qloop.config.keys import Config, as_flag
 from qloop.run import Run
 from qloop.storage.folders import show_bytes
 
@@ -147,9 +147,5 @@ def _find_given(config: Config, section: str, but: tuple[str, ...] = ()) -> dict
 
 
 def _command(flags: dict[str, Any]) -> str:
-    words = [f"--{key} {shlex.quote(_show(value))}" for key, value in flags.items()]
+    words = [f"--{key} {shlex.quote(as_flag(value))}" for key, value in flags.items()]
     return " ".join(["qloop train", *words])
-
-
-def _show(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -24,7 +24,7 @@ from qloop.checkpoint.resume import (
     restore,
 )
 from qloop.checkpoint.store import CheckpointStore
-from qloop.config.keys import Config, dump_config
+from qloop.config.keys import Config, as_flag, dump_config
 from qloop.config.loading import load_config
 from qloop.data.batches import MicroBatch, StepReader
 from qloop.data.corpus import Corpus, build_corpus, open_corpus
@@ -194,7 +194,7 @@ def open_run(config: Config | Path | str, **keys: Any) -> Iterator[Run]:
         QloopError: Something that the config names cannot be used.
     """
     if not isinstance(config, Config):
-        flags = {key: _as_flag(value) for key, value in keys.items()}
+        flags = {key: as_flag(value) for key, value in keys.items()}
         config = load_config(Path(config), flags).config
     elif keys:
         raise ConfigError(f"open_run: {', '.join(keys)}: give keys with a file, or a whole config")
@@ -204,12 +204,6 @@ def open_run(config: Config | Path | str, **keys: Any) -> Iterator[Run]:
     finally:
         run.checkpoints.close()
         run.close()
-
-
-def _as_flag(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def build_run(config: Config, notes: Sequence[str] = ()) -> Run:

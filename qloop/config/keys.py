@@ -411,3 +411,10 @@ def find_changes(before: Config, after: Config) -> list[str]:
 def show_value(value: object) -> str:
     """Formats a value for a message, text in quotes."""
     return f'"{value}"' if isinstance(value, str | Path) else f"{value}"
+
+
+def as_flag(value: object) -> str:
+    """Formats a value as it is typed on the command line: `true`, `q_proj,v_proj`."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
