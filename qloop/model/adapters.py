@@ -23,9 +23,9 @@ def add_adapters(
     import peft
 
     targets, whole = lora.lora_target_modules, lora.modules_to_save
+    is_all = targets == ("all-linear",)
     _refuse_layers(base, "modules_to_save", whole)
-    if targets != ("all-linear",):
-        _refuse_layers(base, "lora_target_modules", targets)
+    _refuse_layers(base, "lora_target_modules", () if is_all else targets)
     try:
         model = peft.get_peft_model(
             base,
@@ -36,7 +36,7 @@ def add_adapters(
                 r=lora.lora_rank,
                 lora_alpha=lora.lora_alpha,
                 lora_dropout=lora.lora_dropout,
-                target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+                target_modules="all-linear" if is_all else list(targets),
                 modules_to_save=list(whole) or None,
                 use_rslora=lora.use_rslora,
                 use_dora=lora.use_dora,
@@ -50,10 +50,9 @@ def add_adapters(
 
 
 def load_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Copies a checkpoint's trained tensors into a model whose own are fp32 already.
+    """Copies a checkpoint's trained tensors into a model whose trained tensors are fp32 already.
 
-    `PeftModel.from_pretrained` would cast layers that are trained whole to the base's type, and
-    lose bits.
+    `PeftModel.from_pretrained` would cast layers that are trained whole to the base's type.
 
     Raises:
         CheckpointError: The checkpoint has other tensors.
@@ -68,7 +67,7 @@ def load_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def merge_adapters(model: Any) -> PreTrainedModel:
-    """Adds every adapter to its layer, and returns the model without adapters.
+    """Returns the model with every adapter added to its layer.
 
     Raises:
         ConfigError: An adapter holds NaN or inf.
@@ -88,12 +87,12 @@ def _keep_input_types(model: torch.nn.Module) -> None:
 def _refuse_layers(base: PreTrainedModel, key: str, names: tuple[str, ...]) -> None:
     """Raises a ConfigError for layers that PEFT would ignore, or train wrongly.
 
-    PEFT raises only if no name matches at all. Of a weight that is both the input and the output
-    embedding it would train one of the two, and a merged model would write nonsense.
+    PEFT raises only if no name matches at all. Of tied input and output embeddings it would train
+    only one, and a merged model would write nonsense.
     """
     modules = dict(base.named_modules())
     named = {
-        name: [m for layer, m in modules.items() if layer == name or layer.endswith(f".{name}")]
+        name: [m for layer, m in modules.items() if f".{layer}".endswith(f".{name}")]
         for name in names
     }
     unknown = [name for name in names if not named[name]]
@@ -108,13 +107,13 @@ def _refuse_layers(base: PreTrainedModel, key: str, names: tuple[str, ...]) -> N
             f"{join_names(sorted(known), 'and')}"
         )
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
-    if ends[1] is not None and ends[0].weight is ends[1].weight:
-        tied = [name for name in names if any(module in ends for module in named[name])]
-        if tied:
-            raise ConfigError(
-                f"{key}: {', '.join(tied)}: this model ties its input and output embeddings, and "
-                "training one of them alone would separate them; leave it out"
-            )
+    are_tied = ends[1] is not None and ends[0].weight is ends[1].weight
+    tied = [name for name in names if any(module in ends for module in named[name])]
+    if are_tied and tied:
+        raise ConfigError(
+            f"{key}: {', '.join(tied)}: this model ties its input and output embeddings, and "
+            "training one of them alone would separate them; leave it out"
+        )
     packed = [name for name in names if any(_is_4_bit(module) for module in named[name])]
     if packed and key == "modules_to_save":
         raise ConfigError(

@@ -41,16 +41,15 @@ def build_model(
         lora: The adapters; unused by `full`.
         precision: `bf16` or `fp32`, the type of a frozen base and of computing.
         device: The device of the training.
-        seed: Of new weights: of a model with random weights, of new adapters.
-        checkpoint: A checkpoint's folder to take the trained weights from.
-        is_sharded: Whether ranks will share the model. 4-bit weights are then stored as
-            floating-point numbers, each of which holds several.
-        reads_weights: False leaves the base of `full` and `lora` uninitialized: this rank gets its
-            shards from another.
+        seed: Of random weights and of new adapters.
+        checkpoint: The folder of the trained weights to load.
+        is_sharded: Whether ranks will share the model; 4-bit weights are then stored several to a
+            floating-point number.
+        reads_weights: False leaves the base of `full` and `lora` uninitialized, for a rank that
+            gets its shards from another.
 
     Raises:
-        ConfigError: The base cannot be found, is no causal language model, or lacks weights; a
-            named layer does not exist.
+        ConfigError: The base cannot be loaded, or a named layer does not exist.
         CheckpointError: The checkpoint lacks weights.
     """
     torch.manual_seed(seed)
@@ -94,15 +93,12 @@ def _build_full(
 
 
 def _refuse_other_weights(config: ModelConfig, checkpoint: Path) -> None:
-    """Compares a full checkpoint's tensors with its model's before any of them is loaded."""
+    """Compares a full checkpoint's tensors with its model's before loading any of them."""
+    trusts = {"trust_remote_code": config.trust_remote_code}
     try:
-        model_config = AutoConfig.from_pretrained(
-            checkpoint, trust_remote_code=config.trust_remote_code
-        )
+        model_config = AutoConfig.from_pretrained(checkpoint, **trusts)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                model_config, dtype=torch.float32, trust_remote_code=config.trust_remote_code
-            )
+            model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, **trusts)
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{checkpoint}: its model cannot be built: {error}") from error
     model.tie_weights()  # tied weights are saved once

@@ -35,9 +35,7 @@ def load_model_config(config: ModelConfig) -> PreTrainedConfig:
     key = "model_config_file" if config.model_config_file else "model_name"
     try:
         return AutoConfig.from_pretrained(
-            name,
-            revision=config.model_revision,
-            trust_remote_code=config.trust_remote_code,
+            name, revision=config.model_revision, trust_remote_code=config.trust_remote_code
         )
     except LOADING_ERRORS as error:
         raise ConfigError(cannot_load(key, name, "model", error)) from error
@@ -47,7 +45,7 @@ def check_sizes(model_config: PreTrainedConfig, vocabulary_size: int, max_seq_le
     """Checks that the model has an embedding for every token id, and a long enough context.
 
     Raises:
-        ConfigError: It has not; the message has both numbers.
+        ConfigError: It does not; the message has both numbers.
     """
     text_config = model_config.get_text_config()
     if vocabulary_size > text_config.vocab_size:
@@ -90,7 +88,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             trust_remote_code=config.trust_remote_code,
         )
         if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
-            # For some kinds of model transformers makes up an empty one.
+            # For some model types, transformers makes up an empty tokenizer.
             raise ValueError("it has no tokenizer files")
     except LOADING_ERRORS as error:
         key = "tokenizer_name" if config.tokenizer_name else "model_name"
@@ -128,20 +126,13 @@ def load_weights(
         reads_weights: False leaves weights other than 4-bit ones uninitialized.
 
     Raises:
-        ConfigError: It cannot be loaded, is an adapter, or lacks weights.
+        ConfigError: The model cannot be loaded, is an adapter, or lacks weights.
         CheckpointError: The same of a checkpoint.
     """
     name = str(checkpoint or config.model_name)
     options: dict[str, Any] = attention_options(config)
     if config.training_method == "qlora":
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype if is_sharded else torch.uint8,
-        )
-        options["device_map"] = {"": device}
+        options |= _four_bit_options(dtype, device, is_sharded)
     elif not reads_weights:
         options["device_map"] = {"": "meta"}
     try:
@@ -175,30 +166,39 @@ def load_weights(
     return model
 
 
-def attention_options(config: ModelConfig) -> dict[str, Any]:
-    """Returns the attention for transformers to load with; ours is set later, on the built model.
+def _four_bit_options(dtype: torch.dtype, device: torch.device, is_sharded: bool) -> dict[str, Any]:
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if is_sharded else torch.uint8,
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
 
-    The isolation check decides between `documents` and the model's own.
-    """
+
+def attention_options(config: ModelConfig) -> dict[str, Any]:
+    """Returns the attention for transformers to load with; `isolation.set_attention` sets ours."""
     is_ours = config.attention in ("auto", "documents")
     return {} if is_ours else {"attn_implementation": config.attention}
 
 
 def cannot_load(key: str, name: str, what: str, error: Exception) -> str:
-    """Builds the message: what could not be loaded from where, and transformers' reason."""
+    """Builds the message of a failed load: the key, the place and transformers' reason."""
     reason = inspect.cleandoc(str(error)).splitlines()[0] if str(error) else type(error).__name__
     where = "a folder here" if Path(name).exists() else "no folder here, so a name on the hub"
     if "FlashAttention" in reason:  # the model exists; its attention is the problem
         return f"attention: {reason.rstrip('.')}; use auto"
-    reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
+    if len(reason) > 300:
+        reason = f"{reason[:300]}..."
     return f"{key}: no {what} could be loaded from {name} ({where}): {reason}"
 
 
 def _allocate(model: PreTrainedModel) -> None:
     """Allocates memory for weights that were not read, without touching it.
 
-    Accelerate finds an optimizer's parameters by their address, and on `meta` all have the same
-    one: every weight but one would silently stay untrained.
+    Accelerate identifies an optimizer's parameters by their address, and on `meta` all have the
+    same: every weight but one would silently stay untrained.
     """
     allocated: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
@@ -220,6 +220,6 @@ def _keep_trainable_on_cpu(model: PreTrainedModel) -> None:
 
 
 def _is_misshapen(module: torch.nn.Module) -> bool:
-    """Whether a 4-bit layer has a weight of another shape, which transformers does not check."""
+    """Compares the shape of a 4-bit weight with its layer's, which transformers does not check."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     return state is not None and tuple(state.shape) != (module.out_features, module.in_features)
