@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -31,10 +32,9 @@ DOCUMENTS = "documents"
 _CHANGING = ("softcap", "s_aux", "sinks", "position_bias", "head_mask")
 """Arguments of some models that change the result of attention; not supported here."""
 
-# Newer versions of torch ask for a flag where there are fewer key heads than query heads.
-_FEWER_KEYS: dict[str, Any] = (
-    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-)
+# Newer versions of torch need a flag if there are fewer key heads than query heads.
+_NEEDS_FLAG = "enable_gqa" in inspect.signature(varlen_attn).parameters
+_FEWER_KEYS: dict[str, Any] = {"enable_gqa": True} if _NEEDS_FLAG else {}
 
 
 class AttentionChoice(NamedTuple):
@@ -54,11 +54,11 @@ def choose(
     Args:
         wanted: The config's `attention`.
         model: With or without values.
-        device_type: Where it computes: `cpu`, `cuda` or another.
+        device_type: The type of the training's device.
         precision: `bf16` or `fp32`.
 
     Raises:
-        ConfigError: `documents` was asked for, and this model or device rules it out.
+        ConfigError: The config asks for `documents`, which the model or device rules out.
     """
     if wanted not in ("auto", DOCUMENTS):
         return AttentionChoice(wanted)
@@ -76,8 +76,7 @@ def _why_not_documents(model: PreTrainedModel, device_type: str, precision: str)
         return f"it has no kernel for {device_type}"
     if device_type == "cuda" and precision != "bf16":
         return "on a GPU it computes in bf16 only"
-    dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
-    if dropout:
+    if dropout := getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0):
         return f"the model drops attention weights ({dropout})"
     if getattr(config, "attn_logit_softcapping", None):
         return f"the model caps attention scores (softcap {config.attn_logit_softcapping:g})"
@@ -87,21 +86,14 @@ def _why_not_documents(model: PreTrainedModel, device_type: str, precision: str)
 
 
 def attention_inputs(model: Any, micro_batch: MicroBatch) -> dict[str, Any]:
-    """Returns the keyword arguments that mark document boundaries.
-
-    Empty for kernels that do not take them.
-    """
+    """Returns the keyword arguments that mark document boundaries; empty if a kernel takes none."""
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
-    if implementation != DOCUMENTS and not implementation.startswith("flash_attention"):
+    if not implementation.startswith((DOCUMENTS, "flash_attention")):
         return {}
-    # The block's length, not the longest document's: a number that changes would compile anew.
-    length = micro_batch.input_ids.shape[1]
-    return {
-        "cu_seq_lens_q": micro_batch.boundaries,
-        "cu_seq_lens_k": micro_batch.boundaries,
-        "max_length_q": length,
-        "max_length_k": length,
-    }
+    # The block's length, not the longest document's: a new number would compile the layers again.
+    length, boundaries = micro_batch.input_ids.shape[1], micro_batch.boundaries
+    lengths = {"max_length_q": length, "max_length_k": length}
+    return {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, **lengths}
 
 
 @contextlib.contextmanager
@@ -119,17 +111,17 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def attend_to_documents(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
     **others: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Computes the attention of one layer; the interface is `transformers.AttentionInterface`.
 
     Args:
@@ -143,13 +135,13 @@ def attend_to_documents(
         sliding_window: Tokens that a token sees, itself included; None: its whole document.
         cu_seq_lens_q: The boundaries, int32.
         max_length_q: At least the longest document's length.
-        others: Ignored, except for arguments that would change the result.
+        others: Ignored, but for those in `_CHANGING`.
 
     Returns:
         [batch, sequence, heads, head size], and no weights.
 
     Raises:
-        ValueError: The layer asks for something that is not supported here.
+        ValueError: The layer passes an unsupported argument.
     """
     given = [name for name in _CHANGING if others.get(name) is not None]
     if attention_mask is not None or dropout or given or cu_seq_lens_q is None:
@@ -160,49 +152,27 @@ def attend_to_documents(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = sliding_window or 0
     if query.device.type == "cpu":
-        window = sliding_window or 0
         return attend(query, key, value, cu_seq_lens_q, scale, window)[0], None
-    attended = _attend_by_torch(
-        query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window
-    )
-    return attended, None
-
-
-def _attend_by_torch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    boundaries: torch.Tensor,
-    max_length: int,
-    scale: float,
-    window: int | None,
-) -> torch.Tensor:
-    """Calls `varlen_attn`, which takes the rows concatenated; that is a view, not a copy."""
-    batch, _, length, _ = query.shape
+    # `varlen_attn` takes the rows concatenated; that is a view, not a copy.
     flat: list[Any] = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
-    where: Any = (boundaries, boundaries, max_length, max_length)
-    # Its window counts the tokens before the current one; the 0 after it means causal.
-    window_size = (window - 1 if window else -1, 0)
-    attended: Any = varlen_attn(*flat, *where, scale=scale, window_size=window_size, **_FEWER_KEYS)
-    result: torch.Tensor = attended.reshape(batch, length, *attended.shape[1:])
-    return result
+    where: Any = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    # Its window counts the tokens before the current one, -1 for all; the 0 after it means causal.
+    options: Any = {"scale": scale, "window_size": (window - 1, 0), **_FEWER_KEYS}
+    attended: Any = varlen_attn(*flat, *where, **options)
+    return attended.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
 @torch.library.custom_op("qloop::attend", mutates_args=())
 def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    boundaries: torch.Tensor,
-    scale: float,
-    window: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
     """Computes attention within each document on a CPU.
 
     Returns:
-        [batch, sequence, heads, head size], and the log of each query's sum of exponentials,
-        float32, [batch, heads, sequence].
+        The result, [batch, sequence, heads, head size], and the log of each query's sum of
+        exponentials, float32, [batch, heads, sequence].
     """
     batch, heads, length, size = query.shape
     attended = query.new_empty(batch, length, heads, size)
@@ -220,16 +190,16 @@ def attend(
 
 @torch.library.custom_op("qloop::attend_backward", mutates_args=())
 def attend_backward(
-    gradient: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attended: torch.Tensor,
-    log_sums: torch.Tensor,
-    boundaries: torch.Tensor,
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attended: Tensor,
+    log_sums: Tensor,
+    boundaries: Tensor,
     scale: float,
     window: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key and value."""
     grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (query, key, value))
     groups, size = (key.shape[1], query.shape[1] // key.shape[1]), query.shape[3]
@@ -268,7 +238,7 @@ def _keep_for_backward(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(query, key, value, *output, boundaries)
 
 
-def _differentiate(ctx: Any, gradient: torch.Tensor, _: Any) -> Any:
+def _differentiate(ctx: Any, gradient: Tensor, _: Any) -> Any:
     gradients = attend_backward(gradient, *ctx.saved_tensors, ctx.scale, ctx.window)
     return (*gradients, None, None, None)
 
@@ -276,24 +246,21 @@ def _differentiate(ctx: Any, gradient: torch.Tensor, _: Any) -> Any:
 attend.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
-def _documents(boundaries: torch.Tensor, length: int) -> Iterator[tuple[int, slice]]:
+def _documents(boundaries: Tensor, length: int) -> Iterator[tuple[int, slice]]:
     """Yields the row of each document and its columns; no document crosses the end of a row."""
-    places = boundaries.tolist()
-    for begin, end in itertools.pairwise(places):
+    for begin, end in itertools.pairwise(boundaries.tolist()):
         row, column = divmod(begin, length)
         yield row, slice(column, column + end - begin)
 
 
-def _grouped(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: int, here: slice
-) -> list[torch.Tensor]:
+def _grouped(query: Tensor, key: Tensor, value: Tensor, row: int, here: slice) -> list[Tensor]:
     """Returns one document's [key heads, queries per key, tokens, head size]; copies no key."""
     shared = query.shape[1] // key.shape[1]
     queries = query[row, :, here].reshape(key.shape[1], shared, -1, query.shape[3])
     return [queries, *(t[row, :, None, here].expand(-1, shared, -1, -1) for t in (key, value))]
 
 
-def _window_mask(length: int, window: int, dtype: torch.dtype) -> torch.Tensor | None:
+def _window_mask(length: int, window: int, dtype: torch.dtype) -> Tensor | None:
     """Returns a mask to add to the scores; None for a document no longer than the window."""
     if not 0 < window < length:
         return None

@@ -14,23 +14,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from qloop.data.batches import IGNORED
 
 
 def sum_linear_loss(
-    head: torch.nn.Linear,
-    labels: torch.Tensor,
-    hidden: torch.Tensor,
-    *,
-    num_rows: int,
-    is_fused: bool,
-) -> torch.Tensor:
+    head: torch.nn.Linear, labels: Tensor, hidden: Tensor, *, num_rows: int, is_fused: bool
+) -> Tensor:
     """Sums the loss under a plain linear head; multiplies in autocast's type, if it is on.
 
     Args:
-        head: Without adapters, its weight whole.
-        labels: [tokens], or IGNORED.
+        head: Without adapters, its weight not sharded.
+        labels: [tokens]; IGNORED where there is no target.
         hidden: [tokens, hidden size].
         num_rows: Tokens in a chunk, at most.
         is_fused: Whether the compiled kernel computes the softmax.
@@ -45,52 +41,37 @@ def sum_linear_loss(
     if is_fused:  # in chunks of nearly one size: a last chunk of one row would compile anew
         differentiate, num_rows = fused_grad_logits, divide_evenly(len(hidden), num_rows)
     with torch.autocast(device, enabled=False):
-        loss_sum: torch.Tensor = LinearTargetLoss.apply(  # type: ignore[no-untyped-call]
+        loss_sum: Tensor = LinearTargetLoss.apply(  # type: ignore[no-untyped-call]
             hidden, head.weight, head.bias, labels, num_rows, dtype, differentiate
         )
     return loss_sum
 
 
 def divide_evenly(total: int, limit: int) -> int:
-    """Returns the size of nearly equal chunks, none above a limit.
-
-    >>> divide_evenly(10, 4)  # 4, 4 and 2
-    4
-    >>> divide_evenly(9, 4)  # 3, 3 and 3
-    3
-    """
+    """Returns the size of nearly equal chunks, none above a limit: 3 for 9 and a limit of 4."""
     return math.ceil(total / math.ceil(total / limit))
 
 
 class LinearTargetLoss(torch.autograd.Function):
     """The sum over targets of cross_entropy(hidden @ weight.T + bias), in chunks.
 
-    The forward pass computes the gradients too, while a chunk's logits exist; the backward pass
-    only scales them.
+    The forward pass computes the gradients too, while a chunk's logits exist.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
         num_rows: int,
         dtype: torch.dtype,
         differentiate: Callable[..., Any],
-    ) -> torch.Tensor:
-        """Sums the loss, in float32, and prepares the gradients.
+    ) -> Tensor:
+        """Sums the loss of hidden states, [tokens, hidden size], and prepares the gradients.
 
-        Args:
-            ctx: Torch's context.
-            hidden: [tokens, hidden size].
-            weight: [vocabulary, hidden size].
-            bias: [vocabulary], or None.
-            labels: [tokens], or IGNORED.
-            num_rows: Tokens in a chunk.
-            dtype: The type of matrix products; sums are float32.
-            differentiate: Returns the gradient of a chunk's logits, and the sum of its losses.
+        Products have type `dtype`, sums float32. `differentiate` is one of the two functions above.
         """
         needs = ctx.needs_input_grad[:3]
         matrix = weight.to(dtype)
@@ -123,8 +104,8 @@ class LinearTargetLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
-        """Scales the gradients, in place: there is only one backward pass."""
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        """Scales the gradients in place; there is only one backward pass."""
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the loss was differentiated twice"
         scaled = [
@@ -134,7 +115,7 @@ class LinearTargetLoss(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds a matrix product to a float32 sum; on a GPU the product is not rounded before."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
@@ -144,15 +125,13 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total += left @ right
 
 
-def softmax_grad_logits(
-    logits: torch.Tensor, ids: torch.Tensor, is_ignored: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def softmax_grad_logits(logits: Tensor, ids: Tensor, is_ignored: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the gradient of some rows' logits, in float32, and the sum of their losses.
 
     Args:
         logits: [rows, vocabulary].
         ids: [rows, 1], the targets.
-        is_ignored: [rows, 1]; such rows add no loss, and the caller drops their gradient.
+        is_ignored: [rows, 1]; these rows add no loss, and the caller drops their gradient.
     """
     grad_logits = logits.float().log_softmax(dim=1)
     loss_sum = -grad_logits.gather(1, ids).masked_fill_(is_ignored, 0.0).sum()
@@ -160,21 +139,17 @@ def softmax_grad_logits(
     return grad_logits.exp_().scatter_add_(1, ids, ones), loss_sum
 
 
-def fused_grad_logits(
-    logits: torch.Tensor, ids: torch.Tensor, is_ignored: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def fused_grad_logits(logits: Tensor, ids: Tensor, is_ignored: Tensor) -> tuple[Tensor, Tensor]:
     """As `softmax_grad_logits`, with a compiled kernel that overwrites the logits."""
     return logits, torch.ops.qloop.grad_logits_in_place(logits, ids, is_ignored)
 
 
 # An operator, so that a simulation sees its results and none of its working memory.
 @torch.library.custom_op("qloop::grad_logits_in_place", mutates_args=("logits",))
-def _grad_logits_in_place(
-    logits: torch.Tensor, ids: torch.Tensor, is_ignored: torch.Tensor
-) -> torch.Tensor:
+def _grad_logits_in_place(logits: Tensor, ids: Tensor, is_ignored: Tensor) -> Tensor:
     for tensor in (logits, ids, is_ignored):
         torch._dynamo.mark_dynamic(tensor, 0)  # the last chunk has fewer rows
-    loss_sum: torch.Tensor = _compiled_kernel()(logits, ids, is_ignored)
+    loss_sum: Tensor = _compiled_kernel()(logits, ids, is_ignored)
     return loss_sum
 
 
@@ -184,15 +159,13 @@ def _grad_logits_in_place_shapes(logits: Any, ids: Any, is_ignored: Any) -> Any:
 
 
 @functools.cache
-def _compiled_kernel() -> Callable[..., torch.Tensor]:
+def _compiled_kernel() -> Callable[..., Tensor]:
     import torch._dynamo  # takes seconds to import, which runs that do not compile save
 
     return torch.compile(_grad_logits_by_rows)
 
 
-def _grad_logits_by_rows(
-    logits: torch.Tensor, ids: torch.Tensor, is_ignored: torch.Tensor
-) -> torch.Tensor:
+def _grad_logits_by_rows(logits: Tensor, ids: Tensor, is_ignored: Tensor) -> Tensor:
     """Written for the compiler: nothing between the logits and their gradient is stored."""
     scores = logits.float()
     log_sums = scores.logsumexp(dim=1, keepdim=True)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from qloop.data.batches import IGNORED, MicroBatch
@@ -40,9 +41,9 @@ SMALL_LOGITS_BYTES = 2**28
 class Prediction(NamedTuple):
     """A model's predictions of a micro-batch's targets; float64 scalars on the model's device."""
 
-    loss_sum: torch.Tensor
+    loss_sum: Tensor
     """Nats, summed over targets."""
-    correct: torch.Tensor
+    correct: Tensor
     """Targets that were the likeliest token."""
 
 
@@ -70,7 +71,7 @@ def build_target_loss(
     """Tries a chosen kind of loss on the model, and falls back to others unless it is wanted.
 
     Some models change their logits after the head (a cap, a scale), which a loss inside the head
-    misses without an error. So the loss of a few tokens is compared with that of all logits.
+    would miss silently. So the loss of a few tokens is compared with that of all logits.
 
     Args:
         model: Without wrappers, on the device.
@@ -105,55 +106,40 @@ class TargetLoss:
             device_type: Sets the size of the chunks; None: the model's.
             reason: Why it is not a faster kind.
         """
-        self.kind = kind
-        self.reason = reason
+        self.kind, self.reason = kind, reason
         self._device_type = device_type or model.device.type
         self._unwrapped = model
         self._vocabulary_size = int(model.config.get_text_config().vocab_size)
         self._head: Any = None if kind == "logits" else model.get_output_embeddings()
 
-    def sum(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-        """Sums the cross-entropy over a micro-batch's targets, in nats.
-
-        Args:
-            model: As prepared, or without wrappers.
-            micro_batch: On the model's device.
-
-        Returns:
-            A float32 scalar.
-        """
-        labels = micro_batch.labels.flatten()
-        if self._head is None:
+    def sum(self, model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
+        """Sums the cross-entropy over a micro-batch's targets, in nats: a float32 scalar."""
+        labels, head = micro_batch.labels.flatten(), self._head
+        if head is None:
             return _sum_loss(_run(model, self._unwrapped, micro_batch).flatten(0, 1), labels)
-        compute: Callable[[torch.Tensor], torch.Tensor]
-        if _is_plain(self._head):
-            is_fused = self.kind == "fused"
-            num_rows = self._count_rows(is_fused)
-            compute = functools.partial(
-                sum_linear_loss, self._head, labels, num_rows=num_rows, is_fused=is_fused
-            )
-        else:
-            rows = self._count_rows()
-            compute = functools.partial(_sum_recomputed, self._head.forward, labels, rows)
-        with head_computes(self._head, compute):
+        is_fused = self.kind == "fused"
+        rows = self._count_rows(is_fused)
+        compute: Callable[[Tensor], Tensor] = functools.partial(
+            sum_linear_loss, head, labels, num_rows=rows, is_fused=is_fused
+        )
+        if not _is_plain(head):
+            compute = functools.partial(_sum_chunks, _sum_loss, head.forward, labels, rows)
+        with head_computes(head, compute):
             return _run(model, self._unwrapped, micro_batch)[0, 0, 0]
 
     def predict(self, model: torch.nn.Module, micro_batch: MicroBatch) -> Prediction:
         """Sums the loss and the correct predictions over a micro-batch's targets; no gradients."""
-        labels = micro_batch.labels.flatten()
-        if self._head is None:
+        labels, head = micro_batch.labels.flatten(), self._head
+        if head is None:
             logits = _run(model, self._unwrapped, micro_batch).flatten(0, 1)
             return Prediction(*_score(logits, labels))
-        compute = functools.partial(_score_rows, self._head.forward, labels, self._count_rows())
-        with head_computes(self._head, compute):
+        rows = self._count_rows()
+        compute = functools.partial(_sum_chunks, _score, head.forward, labels, rows)
+        with head_computes(head, compute):
             return Prediction(*_run(model, self._unwrapped, micro_batch)[0, 0])
 
     def compile(self, dtype: torch.dtype) -> None:
-        """Compiles the kernel of `fused` for training's chunk size.
-
-        Args:
-            dtype: The type of the logits.
-        """
+        """Compiles the kernel of `fused` for training's chunk size and logits of a type."""
         rows, device = self._count_rows(is_fused=True), self._unwrapped.device
         logits = torch.zeros(rows, self._vocabulary_size, dtype=dtype, device=device)
         ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
@@ -165,7 +151,7 @@ class TargetLoss:
 
 
 @contextlib.contextmanager
-def head_computes(head: Any, compute: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def head_computes(head: Any, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Has a model's head compute numbers instead of logits: its `forward` is replaced.
 
     The loss needs the head's weight, and under FSDP2 that is whole only while the head runs.
@@ -187,7 +173,7 @@ def head_computes(head: Any, compute: Callable[[torch.Tensor], torch.Tensor]) ->
             head.forward = before
 
 
-def compute_logits(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+def compute_logits(model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
     """Runs the model. [batch, sequence, vocabulary], float32."""
     return _run(model, model, micro_batch).float()
 
@@ -234,9 +220,9 @@ def _is_plain(head: torch.nn.Module) -> bool:
     return type(head).forward is torch.nn.Linear.forward
 
 
-def _run(model: torch.nn.Module, unwrapped: Any, micro_batch: MicroBatch) -> torch.Tensor:
+def _run(model: torch.nn.Module, unwrapped: Any, micro_batch: MicroBatch) -> Tensor:
     """Runs the model with no cache and no mask: with either, packed documents see each other."""
-    logits: torch.Tensor = model(
+    logits: Tensor = model(
         input_ids=micro_batch.input_ids,
         position_ids=micro_batch.position_ids,
         use_cache=False,
@@ -245,40 +231,30 @@ def _run(model: torch.nn.Module, unwrapped: Any, micro_batch: MicroBatch) -> tor
     return logits
 
 
-def _sum_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _sum_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Labels are shifted already: that of a position is the next token of its document."""
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
 
 
-def _sum_recomputed(
-    head: Callable[[torch.Tensor], torch.Tensor],
-    labels: torch.Tensor,
+def _sum_chunks(
+    score: Callable[[Tensor, Tensor], Tensor],
+    head: Callable[[Tensor], Tensor],
+    labels: Tensor,
     num_rows: int,
-    hidden: torch.Tensor,
-) -> torch.Tensor:
-    """Sums the loss under any head; the backward pass computes each chunk's logits again."""
+    hidden: Tensor,
+) -> Tensor:
+    """Sums a score under any head; a backward pass computes each chunk's logits again."""
 
-    def sum_chunk(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return _sum_loss(head(states), targets)
+    def score_chunk(states: Tensor, targets: Tensor) -> Tensor:
+        return score(head(states), targets)
 
     chunks = zip(torch.split(hidden, num_rows), torch.split(labels, num_rows), strict=True)
-    sums = [checkpoint(sum_chunk, *chunk, use_reentrant=False) for chunk in chunks]
-    return torch.stack(sums).sum()
+    return torch.stack([checkpoint(score_chunk, *c, use_reentrant=False) for c in chunks]).sum(0)
 
 
-def _score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _score(logits: Tensor, labels: Tensor) -> Tensor:
     """Sums the loss and the correct predictions, in float64. [2]."""
     losses = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
     # IGNORED is no token id, so it never counts as correct.
     correct = (logits.argmax(dim=-1) == labels).sum()
     return torch.stack([losses.double().sum(), correct.double()])
-
-
-def _score_rows(
-    head: Callable[[torch.Tensor], torch.Tensor],
-    labels: torch.Tensor,
-    num_rows: int,
-    hidden: torch.Tensor,
-) -> torch.Tensor:
-    chunks = zip(torch.split(hidden, num_rows), torch.split(labels, num_rows), strict=True)
-    return torch.stack([_score(head(states), targets) for states, targets in chunks]).sum(dim=0)
