@@ -53,9 +53,6 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
     A CPU always gets fp32, though some have bf16: on the others it is hundreds of times slower, and
     a run should not depend on the CPU that it happens to get.
-
-    Returns:
-        `bf16` or `fp32`.
     """
     if precision != "auto":
         return precision
@@ -95,11 +92,7 @@ _MEASURING_SECONDS = 0.2
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Returns a GPU's data-sheet FLOP/s in dense bf16; None if it is not in the table.
-
-    Args:
-        device_name: From `torch.cuda.get_device_name`, such as `NVIDIA H100 80GB HBM3`.
-    """
+    """Returns the data-sheet FLOP/s in dense bf16 of a GPU, by torch's name; None if unknown."""
     found = (peak * 1e12 for name, peak in _PEAK_TERAFLOPS.items() if name in device_name)
     return next(found, None)
 
@@ -108,7 +101,7 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Measures the FLOP/s of square matrix products: the best of increasing sizes.
 
     It stops before a size whose products would take longer than a fifth of a second, so that a CPU
-    that is hundreds of times slower in bf16 does not delay a run. The start of a GPU's library,
+    that is hundreds of times slower in bf16 does not delay a run. The start-up of a GPU's library,
     which takes longer than that, does not count.
     """
     generator = torch.Generator(device).manual_seed(0)  # leaves the run's random numbers alone
@@ -127,16 +120,14 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _time_product(matrix: torch.Tensor) -> float:
-    _wait_for(matrix.device)
-    started = time.perf_counter()
+    def read_clock() -> float:
+        if matrix.is_cuda:
+            torch.cuda.synchronize(matrix.device)
+        return time.perf_counter()
+
+    started = read_clock()
     torch.mm(matrix, matrix)
-    _wait_for(matrix.device)
-    return time.perf_counter() - started
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return read_clock() - started
 
 
 # Memory

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from qloop.config.keys import OptimizerConfig
 from qloop.errors import ConfigError
@@ -31,7 +33,7 @@ _BLOCK = 256  # values that share a scale in bitsandbytes' 8-bit moments
 _SCALES = ("absmax1", "absmax2")
 _PAGED_NAMES = {"exp_avg": "state1", "exp_avg_sq": "state2"}  # as bitsandbytes calls AdamW's
 
-Groups = dict[str, dict[str, torch.nn.Parameter]]
+Parameters = dict[str, Parameter]
 
 
 class Optimizers:
@@ -47,7 +49,7 @@ class Optimizers:
         return [group for optimizer in self.each for group in optimizer.param_groups]
 
     @property
-    def state(self) -> dict[torch.Tensor, dict[str, Any]]:
+    def state(self) -> dict[Tensor, dict[str, Any]]:
         """The state of each parameter; the inner dicts are the optimizers' own."""
         return {p: state for optimizer in self.each for p, state in optimizer.state.items()}
 
@@ -66,17 +68,15 @@ class Optimizers:
         sizes: dict[str, list[int]] = {}
         for parameter, kind in self.kinds.items():
             sizes.setdefault(kind, []).append(parameter.numel())
-        return ", ".join(
-            f"{kind} {sum(each):,} parameters in {len(each)} tensors"
-            for kind, each in sizes.items()
-        )
+        parts = (f"{k} {sum(n):,} parameters in {len(n)} tensors" for k, n in sizes.items())
+        return ", ".join(parts)
 
     @functools.cached_property
-    def kinds(self) -> dict[torch.Tensor, str]:
+    def kinds(self) -> dict[Tensor, str]:
         """The kind of optimizer that updates a parameter, as `split_by_optimizer` names it."""
         return {p: group["kind"] for group in self.param_groups for p in group["params"]}
 
-    def read_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    def read_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """Returns the state of a parameter, by the names of `moments_of`."""
         optimizer, _, _ = self._places[parameter]
         kind, kept = self.kinds[parameter], optimizer.state.get(parameter, {})
@@ -84,18 +84,13 @@ class Optimizers:
         for name, blank in moments_of(kind, parameter.shape).items():
             # A parameter that has had no gradient yet has no state; all of it starts at 0.
             value = kept[_name_in(kind, name)] if kept else 0.0
-            if not isinstance(value, torch.Tensor):  # bitsandbytes counts its steps in Python
+            if not isinstance(value, Tensor):  # bitsandbytes counts its steps in Python
                 value = torch.full_like(blank, value, device="cpu")
             state[name] = value
         return state
 
-    def put_state(self, parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        """Replaces the state of a parameter.
-
-        Args:
-            parameter: Of one of the optimizers.
-            tensors: By the names of `moments_of`, on the parameter's device.
-        """
+    def put_state(self, parameter: Tensor, tensors: dict[str, Tensor]) -> None:
+        """Replaces the state of a parameter by tensors on its device, named as in `moments_of`."""
         optimizer, group, place = self._places[parameter]
         kind = self.kinds[parameter]
         if kind in ("adamw", "muon"):
@@ -112,7 +107,7 @@ class Optimizers:
                 state[_name_in(kind, name)].copy_(tensor)
 
     @functools.cached_property
-    def _places(self) -> dict[torch.Tensor, tuple[Any, int, int]]:
+    def _places(self) -> dict[Tensor, tuple[Any, int, int]]:
         """Each parameter's unwrapped optimizer, the number of its group and its place in it."""
         return {
             parameter: (getattr(optimizer, "optimizer", optimizer), number, place)
@@ -130,24 +125,20 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> Optimize
     one decay serve both.
 
     Raises:
-        ConfigError: Muon, for a model that does not say what its layers are.
+        ConfigError: As `split_by_optimizer`.
     """
     decayed, _ = split_for_decay(model)
     each = []
-    for kind, parameters in split_by_optimizer(model, config.optimizer).items():
-        groups = [
-            {
-                "params": [p for name, p in parameters.items() if (name in decayed) is decays],
-                "weight_decay": config.weight_decay if decays else 0.0,
-                "kind": kind,
-            }
-            for decays in (True, False)
-        ]
+    for kind, named in split_by_optimizer(model, config.optimizer).items():
+        groups = []
+        for decays, weight_decay in ((True, config.weight_decay), (False, 0.0)):
+            params = [p for name, p in named.items() if (name in decayed) is decays]
+            groups.append({"params": params, "weight_decay": weight_decay, "kind": kind})
         each.append(_build(kind, groups, config))
     return Optimizers(each)
 
 
-def split_by_optimizer(model: torch.nn.Module, optimizer: str) -> Groups:
+def split_by_optimizer(model: torch.nn.Module, optimizer: str) -> dict[str, Parameters]:
     """Decides which optimizer updates which trained parameter.
 
     Embeddings always keep 32-bit moments: a row's gradients are rare and large, which 8 bits
@@ -171,11 +162,11 @@ def split_by_optimizer(model: torch.nn.Module, optimizer: str) -> Groups:
             f"optimizer: muon is for the matrices of decoder layers, and {type(model).__name__} "
             "does not say what its layers are; use adamw"
         )
-    groups: Groups = {}
+    groups: dict[str, Parameters] = {}
     for name, parameter in {**decayed, **spared}.items():
         kind = "adamw"
-        if optimizer == "muon":
-            kind = "muon" if name in decayed and id(parameter) in hidden else "adamw"
+        if optimizer == "muon" and name in decayed and id(parameter) in hidden:
+            kind = "muon"
         elif optimizer.endswith("8bit") and name in decayed and parameter.numel() >= SMALL_8BIT:
             kind = optimizer
         elif optimizer.startswith("paged") and parameter.numel() >= SMALL_PAGED:
@@ -184,9 +175,7 @@ def split_by_optimizer(model: torch.nn.Module, optimizer: str) -> Groups:
     return groups
 
 
-def split_for_decay(
-    model: torch.nn.Module,
-) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.nn.Parameter]]:
+def split_for_decay(model: torch.nn.Module) -> tuple[Parameters, Parameters]:
     """Splits the trained parameters, by name, into those that decay and those that do not.
 
     Norms and biases are recognized by having fewer than two dimensions, embeddings by their module.
@@ -198,16 +187,12 @@ def split_for_decay(
         if isinstance(module, torch.nn.Embedding)
         for parameter in module.parameters(recurse=False)
     }
-    decayed: dict[str, torch.nn.Parameter] = {}
-    spared: dict[str, torch.nn.Parameter] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_spared = parameter.ndim < 2 or id(parameter) in embeddings
-            (spared if is_spared else decayed)[name] = parameter
-    return decayed, spared
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decayed = {n: p for n, p in trained.items() if p.ndim >= 2 and id(p) not in embeddings}
+    return decayed, {name: p for name, p in trained.items() if name not in decayed}
 
 
-def moments_of(kind: str, shape: Sequence[int]) -> dict[str, torch.Tensor]:
+def moments_of(kind: str, shape: Sequence[int]) -> dict[str, Tensor]:
     """Returns the state to save of a parameter, as tensors on `meta`.
 
     Paged and other memory hold the same. bitsandbytes' constants, `qmap1` and `qmap2` (the values
@@ -234,12 +219,12 @@ def count_state_bytes(model: torch.nn.Module, optimizer: str) -> int:
         optimizer: The config's `optimizer`.
 
     Raises:
-        ConfigError: Muon, for a model that does not say what its layers are.
+        ConfigError: As `split_by_optimizer`.
     """
     return sum(
         moment.nbytes
-        for kind, parameters in split_by_optimizer(model, optimizer).items()
-        for parameter in parameters.values()
+        for kind, named in split_by_optimizer(model, optimizer).items()
+        for parameter in named.values()
         for moment in moments_of(kind, parameter.shape).values()
     )
 
@@ -250,25 +235,22 @@ def set_learning_rate(optimizer: Optimizers, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def measure_grad_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+def measure_grad_norm(parameters: Iterable[Parameter]) -> Tensor:
     """Returns the L2 norm over all gradients, as a scalar; NaN or inf if any value is.
 
     A CPU sums squares in fp64: in fp32 the norm of a large embedding's gradient has an error of
     half a thousandth, and another error if ranks share it. A GPU's tree sum is exact enough in
     fp32; in fp64 it would first copy each gradient, to twice its size.
     """
-    sums_in = {"cpu": torch.float64}
-    norms = [
-        torch.linalg.vector_norm(p.grad, dtype=sums_in.get(p.grad.device.type, torch.float32))
-        for p in parameters
-        if p.grad is not None
-    ]
-    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64).float()
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    types = [torch.float64 if g.device.type == "cpu" else torch.float32 for g in gradients]
+    norms = [torch.linalg.vector_norm(g, dtype=t) for g, t in zip(gradients, types, strict=True)]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64).float()
     return norm
 
 
 def clip_gradients(
-    parameters: Iterable[torch.nn.Parameter], max_grad_norm: float, grad_norm: torch.Tensor
+    parameters: Iterable[Parameter], max_grad_norm: float, grad_norm: Tensor
 ) -> None:
     """Scales all gradients so that their norm, already measured, is at most the limit."""
     torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
@@ -282,11 +264,8 @@ def _name_in(kind: str, moment: str) -> str:
 def _build(kind: str, groups: list[dict[str, Any]], config: OptimizerConfig) -> Any:
     if kind == "muon":
         return torch.optim.Muon(groups, lr=0.0, adjust_lr_fn="match_rms_adamw")
-    keys: dict[str, Any] = {
-        "lr": 0.0,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-    }
+    betas = (config.adam_beta1, config.adam_beta2)
+    keys: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": config.adam_epsilon}
     if kind == "adamw":
         return torch.optim.AdamW(groups, fused=True, **keys)
     from bitsandbytes import optim

@@ -45,12 +45,12 @@ def sample_completions(
         num_samples: Documents to continue.
         sample_tokens: New tokens of each, at most.
         seed: The run's.
-        accelerator: For the device, the precision and the ranks.
+        accelerator: Sets the device, the precision and the ranks.
     """
     was_training = model.training
     model.eval()
-    # PEFT generates with its inner model, so FSDP2's hook on the outermost one, which gathers that
-    # one's shards, is never called.
+    # PEFT generates with its inner model, so FSDP2's hook on the outermost model, which gathers the
+    # shards of that one, is never called.
     is_sharded = hasattr(model, "unshard")
     if is_sharded:
         model.unshard()
@@ -72,7 +72,7 @@ def sample_completions(
 def _generate(
     model: Any, prompt: torch.Tensor, max_tokens: int, end_id: int, accelerator: Accelerator
 ) -> torch.Tensor:
-    """Returns the tokens that follow a prompt. [tokens]."""
+    """Returns the tokens that follow a prompt, [tokens]."""
     input_ids = prompt[None].to(accelerator.device)
     with torch.no_grad(), accelerator.autocast(), own_attention(model), uncompiled(model):
         output: torch.Tensor = model.generate(

@@ -39,16 +39,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates the model on all held-out documents; each rank reads its share of the blocks.
 
-    Sums over targets are divided once, at the end, so the batch size and the number of ranks change
-    only the last digits.
-
-    Args:
-        model: Unwrapped; its mode is restored.
-        loss: The model's.
-        store: The held-out documents.
-        index: Their blocks.
-        batch_size: Blocks in a forward pass.
-        accelerator: For the device and the ranks.
+    Sums over targets are divided once, at the end, so the batch size (blocks in a forward pass) and
+    the number of ranks change only the last digits. The model is unwrapped; its mode is restored.
     """
     was_training = model.training
     model.eval()
@@ -58,8 +50,8 @@ def evaluate(
         for first in range(0, len(index), batch_size * num_ranks):
             begin = first + batch_size * rank
             block_ids = np.arange(begin, min(begin + batch_size, len(index)))
-            # With sharded weights, all ranks must call the model equally often: a rank without a
-            # block left reads the last one again, and does not count it.
+            # With sharded weights, all ranks must call the model equally often: a rank without
+            # blocks left reads the last one again, and does not count it.
             read_ids = block_ids if len(block_ids) else np.array([len(index) - 1])
             micro_batch = build_micro_batch(store, index, read_ids)
             prediction = loss.predict(model, micro_batch.to(accelerator.device))
