@@ -61,28 +61,22 @@ def choose(
         wanted: The config's `gradient_checkpointing`.
         engine: `ddp`, `fsdp2`, `zero2` or `zero3`.
         offloads: The config's `offload_activations`, which only `full` can do.
-        launcher_recomputes: accelerate's FSDP plugin recomputes layers already.
-        fits: Whether a run with a mode has room; not asked about the last one.
+        launcher_recomputes: Whether accelerate's FSDP plugin recomputes layers already.
+        fits: Whether a run with a mode has room; not called for `full`.
     """
     if launcher_recomputes:
         return "off"
     if wanted != "auto":
         return wanted
-    modes = ["off", "selective"]
-    if offloads:
-        modes = []
-    elif engine == "zero3":  # which gathers weights between the operators that selective keeps
-        modes.remove("selective")
+    # ZeRO-3 gathers weights between the operators whose results selective keeps.
+    modes = [] if offloads else ["off"] if engine == "zero3" else ["off", "selective"]
     return next((mode for mode in modes if fits(mode)), "full")
 
 
 def set_recomputation(model: torch.nn.Module, mode: str, offload: bool = False) -> None:
     """Replaces the `forward` of every layer by one that recomputes; names and hooks stay.
 
-    Args:
-        model: Before an engine wraps it.
-        mode: `off`, `selective` or `full`.
-        offload: Only with `full`.
+    Call it before an engine wraps the model; `offload` needs the mode `full`.
 
     Raises:
         ConfigError: The model does not mark its layers.
@@ -122,12 +116,7 @@ def _choose(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 
 
 def choose_policy(operator: Any, inputs: Sequence[Any]) -> CheckpointPolicy:
-    """Decides whether `selective` keeps the result of an operator.
-
-    Args:
-        operator: An operator of torch.
-        inputs: Its arguments.
-    """
+    """Decides whether `selective` keeps the result of torch's operator for these arguments."""
     name = str(operator.name()).partition(".")[0] if isinstance(operator, OpOverload) else ""  # type: ignore[no-untyped-call]
     is_kept = name in _KEPT
     if name in ("aten::mm", "aten::addmm"):

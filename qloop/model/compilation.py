@@ -35,13 +35,13 @@ def choose(
     Args:
         wanted: The config's `compile`.
         model: With or without values.
-        device_type: Where it computes.
+        device_type: The type of the training's device.
         engine: `ddp`, `fsdp2`, `zero2` or `zero3`.
         offloads: The config's `offload_activations`, which copies outside the graph.
         micro_batches: Of the whole run, on each process, so that a resumed run computes as before.
 
     Raises:
-        ConfigError: It was asked for and is impossible.
+        ConfigError: The config asks for it, and it is impossible.
     """
     reason = None
     if engine in ("zero2", "zero3"):
@@ -71,14 +71,9 @@ def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> None:
 
 
 def warm_up(model: torch.nn.Module, forward_backward: Callable[[], None]) -> str:
-    """Compiles the layers by one forward and backward pass.
+    """Compiles the layers of an unwrapped model by one forward and backward pass.
 
-    Args:
-        model: Without wrappers; its layers are compiled in place.
-        forward_backward: Makes both passes; the caller drops the gradients.
-
-    Returns:
-        The number of graphs and the time, for the opening lines.
+    Returns the number of graphs and the time as text. The caller drops the gradients.
 
     Raises:
         ConfigError: The layers cannot be compiled.
@@ -105,13 +100,12 @@ def uncompile_layers(model: torch.nn.Module) -> None:
 @contextlib.contextmanager
 def uncompiled(model: torch.nn.Module) -> Iterator[None]:
     """Runs the layers uncompiled until the block ends: for shapes other than a step's."""
-    layers = find_layers(model)
-    compiled = [layer._compiled_call_impl for layer in layers]
+    compiled = {layer: layer._compiled_call_impl for layer in find_layers(model)}
     uncompile_layers(model)
     try:
         yield
     finally:
-        for layer, implementation in zip(layers, compiled, strict=True):
+        for layer, implementation in compiled.items():
             layer._compiled_call_impl = implementation
 
 

@@ -41,7 +41,7 @@ class ModelFlops:
     attention_width: int
     """heads * head_dim."""
     windows: dict[int | None, int]
-    """Layers by the positions that they attend to, the own one included; None: all before it."""
+    """Number of layers by attention window, the own position included; None: no limit."""
 
     def of(self, lengths: Integers) -> int:
         """Counts both passes over slices of these lengths; padding is a slice like any other."""
@@ -67,8 +67,13 @@ def build_model_flops(model: PreTrainedModel) -> ModelFlops | None:
     """
     config = model.config.get_text_config()
     windows = find_windows(config)
-    has_experts = bool(getattr(config, "num_experts_per_tok", None))
-    if windows is None or has_experts or _has_other_weights(model):
+    has_other_weights = any(
+        parameter.ndim > 1
+        for module in model.modules()
+        if not isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    )
+    if windows is None or has_other_weights or getattr(config, "num_experts_per_tok", None):
         return None
     heads = int(config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -79,7 +84,7 @@ def linear_flops_per_token(model: torch.nn.Module) -> Flops:
     """Counts the products of all linear layers at one position, including the output head.
 
     An embedding is a look-up and costs nothing. A frozen layer costs the gradient of its input,
-    even below the first trained one: with adapters the count is too high by a part of the first
+    even below the first trained layer: with adapters the count is too high by a part of the first
     layer, or by more if only the last layers have adapters.
     """
     forward = backward = 0
@@ -113,13 +118,3 @@ def count_pairs(lengths: Integers, window: int | None) -> int:
     """Counts (position, attended position) over slices: position i attends to min(i+1, window)."""
     seen = lengths if window is None else np.minimum(lengths, window)
     return int((seen * (seen + 1) // 2 + (lengths - seen) * seen).sum())
-
-
-def _has_other_weights(model: torch.nn.Module) -> bool:
-    known = torch.nn.Linear | Conv1D | torch.nn.Embedding
-    return any(
-        parameter.ndim > 1
-        for module in model.modules()
-        if not isinstance(module, known)
-        for parameter in module.parameters(recurse=False)
-    )

@@ -43,8 +43,8 @@ def set_attention(
     Args:
         model: As it was built, with values.
         choice: From `attention.choose`.
-        is_wanted: Whether the config names it; otherwise the model keeps its own where DOCUMENTS
-            fails the check.
+        is_wanted: Whether the config names it; otherwise the model keeps its own attention if
+            DOCUMENTS fails the check.
         precision: `bf16` or `fp32`.
         vocabulary_size: Of the tokenizer.
 
@@ -64,9 +64,8 @@ def set_attention(
         reason = str(error).splitlines()[0]
         model.set_attn_implementation(own)
         if is_wanted:
-            raise ConfigError(
-                f"attention: documents cannot be used here: {reason}; use auto"
-            ) from error
+            text = f"attention: documents cannot be used here: {reason}; use auto"
+            raise ConfigError(text) from error
     return AttentionChoice(own, reason), check_isolation(model, vocabulary_size, precision)
 
 

@@ -44,12 +44,9 @@ def collect_weights(
 
 
 def collect_files(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """Returns everything to save besides tensors: configs, tokenizer, the model's own code.
+    """Returns the files to save besides tensors: configs, tokenizer, the model's own code.
 
-    None of it changes during a run.
-
-    Returns:
-        Contents by file name.
+    Contents by file name; they do not change during a run.
     """
     files = collect_model_files(model)
     with tempfile.TemporaryDirectory() as name:
@@ -58,7 +55,7 @@ def collect_files(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, b
 
 
 def collect_model_files(model: Any) -> dict[str, bytes]:
-    """Returns a model's configs and its own code: contents by file name."""
+    """Returns the contents of a model's configs and its own code, by file name."""
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
         folder = Path(name)
         if hasattr(model, "peft_config"):
@@ -109,9 +106,8 @@ def fingerprint_weights(model: torch.nn.Module, dtype: torch.dtype | None = None
         values = some.double().tolist()
         digest.update(struct.pack(f"{len(values)}d", *values))
         if scales is not None:
-            digest.update(scales.absmax.double().cpu().numpy().tobytes())
-            nested = scales.state2.absmax.double().cpu().numpy().tobytes() if scales.nested else b""
-            digest.update(nested)
+            for state in (scales, scales.state2) if scales.nested else (scales,):
+                digest.update(state.absmax.double().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
