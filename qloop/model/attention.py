@@ -155,13 +155,22 @@ def attend_to_documents(
     window = sliding_window or 0
     if query.device.type == "cpu":
         return attend(query, key, value, cu_seq_lens_q, scale, window)[0], None
-    # `varlen_attn` takes the rows concatenated; that is a view, not a copy.
-    flat: list[Any] = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
-    where: Any = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    inputs = [query, key, value]
+    return _attend_by_torch(inputs, cu_seq_lens_q, max_length_q, scale, window), None
+
+
+def _attend_by_torch(
+    inputs: list[Tensor], boundaries: Tensor, max_length: int, scale: float, window: int
+) -> Tensor:
+    """Calls `varlen_attn`, which takes the rows concatenated; that is a view, not a copy."""
+    batch, _, length, _ = inputs[0].shape
+    flat: list[Any] = [tensor.transpose(1, 2).flatten(0, 1) for tensor in inputs]
+    where: Any = (boundaries, boundaries, max_length, max_length)
     # Its window counts the tokens before the current one, -1 for all; the 0 after it means causal.
     options: Any = {"scale": scale, "window_size": (window - 1, 0), **_FEWER_KEYS}
     attended: Any = varlen_attn(*flat, *where, **options)
-    return attended.unflatten(0, (query.shape[0], query.shape[2])), None
+    result: Tensor = attended.unflatten(0, (batch, length))
+    return result
 
 
 @torch.library.custom_op("qloop::attend", mutates_args=())

@@ -120,7 +120,7 @@ def test_torchs_kernel_is_asked_for_the_same(monkeypatch, layout, num_heads, key
     monkeypatch.setattr("qloop.model.attention.varlen_attn", attend_in_flat)
     inputs = draw(layout, num_heads, key_heads)
     scale = inputs[0].shape[-1] ** -0.5
-    attended = _attend_by_torch(*inputs, boundaries_of(layout), 12, scale, window)
+    attended = _attend_by_torch(inputs, boundaries_of(layout), 12, scale, window or 0)
     expected = reference(layout, *inputs, window)
     torch.testing.assert_close(attended.double(), expected, rtol=0, atol=2e-6)
 
@@ -131,7 +131,7 @@ def test_torchs_kernel_takes_what_it_is_given():
         tensor.detach().to("meta").requires_grad_() for tensor in draw([[0, 5, 12]] * 2, 4, 2)
     ]
     boundaries = boundaries_of([[0, 5, 12]] * 2).to("meta")
-    attended = _attend_by_torch(*inputs, boundaries, 12, 0.3, 4)
+    attended = _attend_by_torch(inputs, boundaries, 12, 0.3, 4)
     assert attended.shape == (2, 12, 4, 8)
     attended.sum().backward()
     assert [tensor.grad.shape for tensor in inputs] == [tensor.shape for tensor in inputs]
