@@ -214,9 +214,7 @@ def moments_of(kind: str, shape: Sequence[int]) -> dict[str, Tensor]:
 def count_state_bytes(model: torch.nn.Module, optimizer: str) -> int:
     """Counts the bytes of optimizer state for a model's trained parameters, over all ranks.
 
-    Args:
-        model: With `requires_grad` set as for training; on any device, `meta` too.
-        optimizer: The config's `optimizer`.
+    The model may be on any device, `meta` too; `requires_grad` must be set as for training.
 
     Raises:
         ConfigError: As `split_by_optimizer`.

@@ -36,16 +36,8 @@ def sample_completions(
 ) -> list[Sample]:
     """Lets the model continue a few held-out documents, spread evenly over all of them.
 
-    Tokens are drawn at temperature 0.8 from the most likely 95 %; the same seed draws the same.
-
-    Args:
-        model: Unwrapped; its mode is restored.
-        tokenizer: The run's.
-        store: The held-out documents.
-        num_samples: Documents to continue.
-        sample_tokens: New tokens of each, at most.
-        seed: The run's.
-        accelerator: Sets the device, the precision and the ranks.
+    Each gets at most `sample_tokens` new tokens, drawn at temperature 0.8 from the most likely
+    95 %; the same seed draws the same. The model is unwrapped; its mode is restored.
     """
     was_training = model.training
     model.eval()

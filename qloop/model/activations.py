@@ -55,16 +55,11 @@ def choose(
     launcher_recomputes: bool,
     fits: Callable[[str], bool],
 ) -> str:
-    """Chooses the mode of a run: `auto` takes the fastest that fits.
+    """Chooses the mode of a run: `auto` takes the fastest that fits; only `full` can offload.
 
-    Args:
-        wanted: The config's `gradient_checkpointing`.
-        engine: `ddp`, `fsdp2`, `zero2` or `zero3`.
-        offloads: The config's `offload_activations`, which only `full` can do.
-        launcher_recomputes: Whether accelerate's FSDP plugin recomputes layers already.
-        fits: Whether a run with a mode has room; not called for `full`.
+    `fits` says whether a run with a mode has room; it is not called for `full`.
     """
-    if launcher_recomputes:
+    if launcher_recomputes:  # accelerate's FSDP plugin does
         return "off"
     if wanted != "auto":
         return wanted

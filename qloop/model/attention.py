@@ -51,12 +51,6 @@ def choose(
 ) -> AttentionChoice:
     """Chooses the attention of a run, from the model's config alone.
 
-    Args:
-        wanted: The config's `attention`.
-        model: With or without values.
-        device_type: The type of the training's device.
-        precision: `bf16` or `fp32`.
-
     Raises:
         ConfigError: The config asks for `documents`, which the model or device rules out.
     """

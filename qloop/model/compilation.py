@@ -30,15 +30,10 @@ def choose(
     offloads: bool,
     micro_batches: int,
 ) -> bool:
-    """Chooses whether a run compiles its layers.
+    """Chooses whether a run compiles its layers; the model may be without values.
 
-    Args:
-        wanted: The config's `compile`.
-        model: With or without values.
-        device_type: The type of the training's device.
-        engine: `ddp`, `fsdp2`, `zero2` or `zero3`.
-        offloads: The config's `offload_activations`, which copies outside the graph.
-        micro_batches: Of the whole run, on each process, so that a resumed run computes as before.
+    `micro_batches` are those of the whole run on each process, so that a resumed run computes as
+    before. Offloading copies outside the graph, so `auto` does not combine the two.
 
     Raises:
         ConfigError: The config asks for it, and it is impossible.

@@ -40,16 +40,8 @@ def set_attention(
 ) -> tuple[AttentionChoice, Isolation]:
     """Sets the chosen attention, and checks that it isolates documents.
 
-    Args:
-        model: As it was built, with values.
-        choice: From `attention.choose`.
-        is_wanted: Whether the config names it; otherwise the model keeps its own attention if
-            DOCUMENTS fails the check.
-        precision: `bf16` or `fp32`.
-        vocabulary_size: Of the tokenizer.
-
-    Returns:
-        The attention that is set, and the measured isolation.
+    Unless the config names DOCUMENTS (`is_wanted`), a model for which it fails the check keeps its
+    own attention. Returns the attention that is set, and the measured isolation.
 
     Raises:
         ConfigError: Packed documents see each other.

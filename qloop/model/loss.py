@@ -48,14 +48,7 @@ class Prediction(NamedTuple):
 
 
 def choose(wanted: str, *, device_type: str, logits_bytes: int, may_compile: bool) -> str:
-    """Chooses the kind of loss; needs no model.
-
-    Args:
-        wanted: The config's `loss`; any kind but `auto` is returned as it is.
-        device_type: `cuda` or `cpu`.
-        logits_bytes: Of all logits of a micro-batch in float32.
-        may_compile: Whether `auto` may choose a kind that is compiled.
-    """
+    """Chooses the kind of loss, from the bytes of a micro-batch's logits in float32."""
     if wanted != "auto":
         return wanted
     if device_type == "cpu":
@@ -72,13 +65,7 @@ def build_target_loss(
 
     Some models change their logits after the head (a cap, a scale), which a loss inside the head
     would miss silently. So the loss of a few tokens is compared with that of all logits.
-
-    Args:
-        model: Without wrappers, on the device.
-        kind: From `choose`.
-        is_wanted: Whether the config names it.
-        device: The device of the training.
-        precision: `bf16` or `fp32`.
+    The model is unwrapped and on the device.
 
     Raises:
         ConfigError: The wanted kind fails, or computes another loss.
@@ -98,13 +85,10 @@ class TargetLoss:
     def __init__(
         self, model: Any, kind: str, device_type: str | None = None, reason: str = ""
     ) -> None:
-        """Takes a kind without trying it; see `build_target_loss`.
+        """Takes an unwrapped model and a kind without trying it; see `build_target_loss`.
 
-        Args:
-            model: Without wrappers.
-            kind: `logits`, `chunked` or `fused`.
-            device_type: Sets the size of the chunks; None: the model's.
-            reason: Why it is not a faster kind.
+        `device_type` sets the size of the chunks (None: the model's); `reason` is the reason for
+        not using a faster kind.
         """
         self.kind, self.reason = kind, reason
         self._device_type = device_type or model.device.type
@@ -152,14 +136,10 @@ class TargetLoss:
 
 @contextlib.contextmanager
 def head_computes(head: Any, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Has a model's head compute numbers instead of logits: its `forward` is replaced.
+    """Replaces the `forward` of a model's head: it computes numbers instead of logits.
 
-    The loss needs the head's weight, and under FSDP2 that is whole only while the head runs.
-
-    Args:
-        head: The model's output layer.
-        compute: From hidden states, [tokens, hidden size], to some numbers. The model returns
-            them as its logits, [1, 1, numbers].
+    `compute` takes hidden states, [tokens, hidden size]; the model returns its numbers as logits,
+    [1, 1, numbers]. The loss needs the head's weight, which FSDP2 gathers only while the head runs.
     """
     before = vars(head).get("forward")
     # A copy, since FSDP2 puts a hook on a head's output and cannot on a view.

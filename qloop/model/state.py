@@ -23,11 +23,8 @@ def collect_weights(
 ) -> tuple[str, dict[str, torch.Tensor]]:
     """Returns the stem of the files to save to, and the trained tensors by their saved names.
 
-    They are the model's own tensors, not copies, unless the published model joins or splits some.
-
-    Args:
-        model: Unwrapped, with or without adapters.
-        state: Replaces the model's own state, where that holds shards.
+    They are the unwrapped model's own tensors, not copies, unless the published model joins or
+    splits some. `state` replaces a state that holds shards.
     """
     state = model.state_dict() if state is None else state
     if hasattr(model, "peft_config"):
@@ -83,12 +80,8 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 def fingerprint_weights(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
     """Hashes name, type, shape and a sample of some hundred values of every frozen tensor.
 
-    It tells a base from another, or from a fine-tuned one, in milliseconds; it does not protect
-    against someone who changes single weights on purpose.
-
-    Args:
-        model: Unwrapped.
-        dtype: Hashes floating-point tensors as if they had this type.
+    It distinguishes bases, and a base from a fine-tuned one, in milliseconds; it does not detect
+    deliberate changes of single weights. Floating-point tensors are hashed as if of type `dtype`.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
