@@ -87,7 +87,7 @@ _PEAK_TERAFLOPS = {
     "RTX 3090": 71.0,
 }
 
-_LARGEST_PRODUCT = 8192
+_PRODUCT_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 _MEASURING_SECONDS = 0.2
 
 
@@ -105,15 +105,14 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     which takes longer than that, does not count.
     """
     generator = torch.Generator(device).manual_seed(0)  # leaves the run's random numbers alone
-    best, size = 0.0, 256
-    while size <= _LARGEST_PRODUCT:
+    best = 0.0
+    for size in _PRODUCT_SIZES:
         matrix = torch.randn(size, size, generator=generator, device=device).to(dtype)
         # The first product of a size chooses its kernel.
         seconds = min(_time_product(matrix) for _ in range(3))
         best = max(best, 2 * size**3 / seconds)
         if 3 * 8 * seconds > _MEASURING_SECONDS:
             break
-        size *= 2
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return best
@@ -159,11 +158,7 @@ def _read_peak_memory() -> int:
 
 
 def count_free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Returns the host memory, in bytes, that this process can still allocate.
-
-    Args:
-        cgroup: The folder of a container's limits (version 2).
-    """
+    """Returns the bytes of host memory that this process can allocate, in a container (v2) too."""
     free = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError, KeyError):  # no container, or one without a limit
         limit = int((cgroup / "memory.max").read_text())

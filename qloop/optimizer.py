@@ -30,7 +30,6 @@ SMALL_8BIT = 4096
 SMALL_PAGED = 100_000
 """Moments of fewer values are not paged; a constant in bitsandbytes."""
 _BLOCK = 256  # values that share a scale in bitsandbytes' 8-bit moments
-_SCALES = ("absmax1", "absmax2")
 _PAGED_NAMES = {"exp_avg": "state1", "exp_avg_sq": "state2"}  # as bitsandbytes calls AdamW's
 
 Parameters = dict[str, Parameter]
@@ -91,8 +90,8 @@ class Optimizers:
 
     def put_state(self, parameter: Tensor, tensors: dict[str, Tensor]) -> None:
         """Replaces the state of a parameter by tensors on its device, named as in `moments_of`."""
-        optimizer, group, place = self._places[parameter]
         kind = self.kinds[parameter]
+        optimizer, group, place = self._places[parameter]
         if kind in ("adamw", "muon"):
             # The step count too: a fused AdamW keeps it on the parameter's device.
             optimizer.state[parameter] = tensors
@@ -206,8 +205,10 @@ def moments_of(kind: str, shape: Sequence[int]) -> dict[str, Tensor]:
         return {"momentum_buffer": empty(shape)}
     if kind.endswith("8bit"):
         states = {name: empty(shape, dtype=torch.uint8) for name in ("state1", "state2")}
-        scales = (math.ceil(math.prod(shape) / _BLOCK),)
-        return {"step": empty(()), **states, **{name: empty(scales) for name in _SCALES}}
+        scales = {
+            name: empty(math.ceil(math.prod(shape) / _BLOCK)) for name in ("absmax1", "absmax2")
+        }
+        return {"step": empty(()), **states, **scales}
     return {"step": empty(()), **{name: empty(shape) for name in _PAGED_NAMES}}
 
 

@@ -44,8 +44,10 @@ def add_adapters(
         )
     except ValueError as error:  # a layer of a kind that cannot have an adapter
         raise ConfigError(f"lora_target_modules: {', '.join(targets)}: {error}") from error
-    if precision == "bf16":  # autocast casts; PEFT would cast inputs to fp32 as well
-        _keep_input_types(model)
+    for module in model.modules():
+        if precision == "bf16" and hasattr(module, "lora_A"):
+            # Autocast casts inputs; PEFT would cast them to fp32 besides.
+            setattr(module, "cast_input_dtype_enabled", False)  # noqa: B010
     return model
 
 
@@ -76,12 +78,6 @@ def merge_adapters(model: Any) -> PreTrainedModel:
         return model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ConfigError(f"the adapter cannot be merged: {error}") from error
-
-
-def _keep_input_types(model: torch.nn.Module) -> None:
-    for module in model.modules():
-        if hasattr(module, "lora_A"):
-            setattr(module, "cast_input_dtype_enabled", False)  # noqa: B010
 
 
 def _refuse_layers(base: PreTrainedModel, key: str, names: tuple[str, ...]) -> None:

@@ -223,9 +223,7 @@ def attend_backward(
 
 
 @attend.register_fake
-def _attend_shapes(
-    query: Any, key: Any, value: Any, boundaries: Any, scale: Any, window: Any
-) -> Any:
+def _attend_shapes(query: Any, *others: Any) -> Any:
     batch, heads, length, size = query.shape
     attended = query.new_empty(batch, length, heads, size)
     return attended, query.new_empty(batch, heads, length, dtype=torch.float32)

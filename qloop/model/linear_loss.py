@@ -22,17 +22,11 @@ from qloop.data.batches import IGNORED
 def sum_linear_loss(
     head: torch.nn.Linear, labels: Tensor, hidden: Tensor, *, num_rows: int, is_fused: bool
 ) -> Tensor:
-    """Sums the loss under a plain linear head; multiplies in autocast's type, if it is on.
+    """Sums the loss under a plain linear head, in nats: a float32 scalar.
 
-    Args:
-        head: Without adapters, its weight not sharded.
-        labels: [tokens]; IGNORED where there is no target.
-        hidden: [tokens, hidden size].
-        num_rows: Tokens in a chunk, at most.
-        is_fused: Whether the compiled kernel computes the softmax.
-
-    Returns:
-        A float32 scalar, in nats.
+    The head has no adapters and its weight is not sharded; products have autocast's type, if it is
+    on. Labels are [tokens], IGNORED where there is no target; hidden states [tokens, hidden size].
+    A chunk has at most `num_rows` tokens; if `is_fused`, a compiled kernel computes the softmax.
     """
     device = hidden.device.type
     uses_autocast = torch.is_autocast_enabled(device)
