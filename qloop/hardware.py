@@ -158,7 +158,7 @@ def _read_peak_memory() -> int:
 
 
 def count_free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Returns the bytes of host memory that this process can allocate, in a container (v2) too."""
+    """Returns the bytes of host memory that this process can allocate under its cgroup v2 limit."""
     free = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError, KeyError):  # no container, or one without a limit
         limit = int((cgroup / "memory.max").read_text())

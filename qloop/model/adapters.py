@@ -46,7 +46,7 @@ def add_adapters(
         raise ConfigError(f"lora_target_modules: {', '.join(targets)}: {error}") from error
     for module in model.modules():
         if precision == "bf16" and hasattr(module, "lora_A"):
-            # Autocast casts inputs; PEFT would cast them to fp32 besides.
+            # Autocast casts the inputs; PEFT would also cast them to fp32.
             setattr(module, "cast_input_dtype_enabled", False)  # noqa: B010
     return model
 

@@ -101,7 +101,7 @@ class TargetLoss:
         labels, head = micro_batch.labels.flatten(), self._head
         if head is None:
             return _sum_loss(_run(model, self._unwrapped, micro_batch).flatten(0, 1), labels)
-        is_fused = self.kind == "fused"
+        is_fused = self.kind == "fused" and _is_plain(head)
         rows = self._count_rows(is_fused)
         compute: Callable[[Tensor], Tensor] = functools.partial(
             sum_linear_loss, head, labels, num_rows=rows, is_fused=is_fused

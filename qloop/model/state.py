@@ -24,7 +24,7 @@ def collect_weights(
     """Returns the stem of the files to save to, and the trained tensors by their saved names.
 
     They are the unwrapped model's own tensors, not copies, unless the published model joins or
-    splits some. `state` replaces a state that holds shards.
+    splits some. `state` replaces the model's own where that holds shards.
     """
     state = model.state_dict() if state is None else state
     if hasattr(model, "peft_config"):
