@@ -199,6 +199,7 @@ def open_run(config: Config | Path | str, **keys: Any) -> Iterator[Run]:
     elif keys:
         raise ConfigError(f"open_run: {', '.join(keys)}: give keys with a file, or a whole config")
     run = build_run(config)
+    run.model.train()
     try:
         yield run
     finally:

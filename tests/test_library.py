@@ -26,7 +26,6 @@ def test_steps_made_by_hand_are_those_of_the_command(make_config):
     ]
     reset_accelerate()
     with qloop.open_run(make_config(max_steps=4, experiment_name="by_hand")) as run:
-        run.model.train()
         assert [qloop.make_step(run).loss for _ in range(4)] == expected
 
 

@@ -49,7 +49,7 @@ def write_corpus(folder: Path) -> Path:
 
 def write_tokenizer(folder: Path, corpus: Path) -> Path:
     """Writes a byte-level BPE tokenizer trained on a corpus, with Qwen2.5's special tokens."""
-    from qloop.demo.build_tokenizer import build_tokenizer
+    from demo_tokenizer import build_tokenizer
 
     build_tokenizer(corpus, held_out_share=0.0).save_pretrained(folder)
     return folder

@@ -1,6 +1,6 @@
 """Trains the embedded tokenizer on the embedded corpus, without the demo's held-out documents.
 
-    python -m qloop.demo.build_tokenizer
+    python tests/demo_tokenizer.py
 
 Byte-level BPE as in GPT-2 and Qwen2.5 (Sennrich et al. 2016, arXiv 1508.07909), up to 8,192
 entries, with the special tokens of Qwen2.5 that continued pretraining meets. The same corpus gives
@@ -27,7 +27,8 @@ PIECES = (
 
 Backticks and dots stay with the name that they begin, as in `sym and .z.p: in Q they belong to it.
 """
-FOLDER = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "qloop/demo"
 
 
 def build_tokenizer(corpus: Path, held_out_share: float) -> PreTrainedTokenizerFast:
@@ -61,7 +62,7 @@ def build_tokenizer(corpus: Path, held_out_share: float) -> PreTrainedTokenizerF
 
 
 if __name__ == "__main__":
-    share = load_config(Path("configs/demo.toml"), {}).config.data.held_out_share
+    share = load_config(ROOT / "configs/demo.toml", {}).config.data.held_out_share
     built = build_tokenizer(FOLDER / "corpus", share)
     built.save_pretrained(FOLDER / "tokenizer")
     print(f"{FOLDER / 'tokenizer'}: {len(built)} tokens")
