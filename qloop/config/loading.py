@@ -41,7 +41,7 @@ class LoadedConfig(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A value of a key, or what is wrong with it, and where it was typed."""
+    """A key's value or the problem with it, and where it was typed."""
 
     source: str
     key: str
@@ -249,27 +249,22 @@ def _find_contradictions(
     for name in config.run.allow_change:
         if name not in KEYS and name not in PROVENANCE:
             yield ("allow_change",), f'names "{name}", which is no key{_suggest(name)}'
-    every, save_steps = config.checkpoint.keep_every, config.checkpoint.save_steps
-    if every % save_steps:
-        yield (
-            ("keep_every", "save_steps"),
-            f"must be a multiple of save_steps = {save_steps}, got {every}",
-        )
+    every, saves = config.checkpoint.keep_every, config.checkpoint.save_steps
+    if every % saves:
+        problem = f"must be a multiple of save_steps = {saves}, got {every}"
+        yield ("keep_every", "save_steps"), problem
     yield from _find_contradictions_of_model(model, config.optimizer.optimizer)
     if data.train_file and data.dataset_name:
         yield ("train_file", "dataset_name"), "contradicts dataset_name; give one of the two"
-    if schedule.min_learning_rate > schedule.learning_rate:
-        yield (
-            ("min_learning_rate", "learning_rate"),
-            f"must not be above learning_rate = {schedule.learning_rate:g}, "
-            f"got {schedule.min_learning_rate:g}",
-        )
-    if schedule.max_steps is not None and schedule.warmup_steps >= schedule.max_steps:
+    peak, end = schedule.learning_rate, schedule.min_learning_rate
+    if end > peak:
+        problem = f"must not be above learning_rate = {peak:g}, got {end:g}"
+        yield ("min_learning_rate", "learning_rate"), problem
+    steps, warmup = schedule.max_steps, schedule.warmup_steps
+    if steps is not None and warmup >= steps:
         default = "" if "warmup_steps" in given_in else " (the default)"
-        yield (
-            ("warmup_steps", "max_steps"),
-            f"must be below max_steps = {schedule.max_steps}, got {schedule.warmup_steps}{default}",
-        )
+        problem = f"must be below max_steps = {steps}, got {warmup}{default}"
+        yield ("warmup_steps", "max_steps"), problem
 
 
 def _find_contradictions_of_model(
@@ -360,10 +355,8 @@ def _describe(details: list[ErrorDetails]) -> str:
         return f"must match {context['pattern']}, got {given}"
     if kind in ("string_too_short", "too_short"):
         return "must not be empty"
-    for prefix, words in _TYPES.items():
-        if kind.startswith(prefix):
-            return f"must be {words}, got {given}"
-    return f"{detail['msg']}, got {given}"
+    words = next((f"must be {_TYPES[name]}" for name in _TYPES if kind.startswith(name)), None)
+    return f"{words or detail['msg']}, got {given}"
 
 
 def _format_problems(problems: list[_Entry]) -> str:

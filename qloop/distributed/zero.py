@@ -28,7 +28,6 @@ class ZeroEngine(Engine):
     def __init__(
         self, accelerator: Accelerator, model: torch.nn.Module, optimizer: Optimizers
     ) -> None:
-        """Takes the results of `Accelerator.prepare`."""
         super().__init__(accelerator, model, optimizer)
         self._engine = accelerator.deepspeed_engine_wrapped.engine
         self._zero = self._engine.optimizer
@@ -50,22 +49,18 @@ class ZeroEngine(Engine):
         return torch.where(norm >= 0, norm, torch.inf).to(self.accelerator.device)
 
     def clip_gradients(self, max_grad_norm: float, grad_norm: torch.Tensor) -> None:
-        """Does nothing: DeepSpeed's step clips by the same limit."""
-        assert self._engine.gradient_clipping() == max_grad_norm
+        assert self._engine.gradient_clipping() == max_grad_norm  # its step clips by this limit
 
     def step(self, learning_rate: float) -> None:
-        """Updates the weights and clears the gradients."""
         set_learning_rate(self.optimizer, learning_rate)
         self._engine.step()
         assert self._engine.was_step_applied(), "the norm was found finite before"
 
     def collect_weights(self) -> tuple[str, dict[str, LazyTensor]]:
-        """Returns the stem of the weights' files and the tensors to save, always in fp32."""
         stem, sources = self._find_sources()
         return stem, {name: _lazy(source) for name, source in sources.items()}
 
     def collect_moments(self) -> dict[str, LazyTensor]:
-        """Returns the optimizer's tensors: `lm_head.weight/exp_avg` and so on."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         state = self._zero.optimizer.state[self._list_partitions()[0]]
@@ -81,17 +76,7 @@ class ZeroEngine(Engine):
         return tensors
 
     def restore(self, weights: SavedTensors, moments: SavedTensors | None) -> None:
-        """Loads saved weights and moments.
-
-        Weights too: DeepSpeed makes its fp32 weights from the model's, which are bf16 by then.
-
-        Args:
-            weights: The model's, or the adapter's.
-            moments: The optimizer's; None leaves it as it starts.
-
-        Raises:
-            CheckpointError: Names, types or shapes are not those of this model; nothing was loaded.
-        """
+        # Weights too: DeepSpeed makes its fp32 weights from the model's, which are bf16 by then.
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if moments is not None:
