@@ -19,7 +19,28 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class TrainCommand(click.Command):
-    """A command whose flags are the config's keys, listed by section in its help."""
+    """A command whose flags are the config's keys, listed by section in its help.
+
+    Its function gets the config that they make, and notes on unused keys, next to its own options.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # load_config reports unknown flags, together with all other problems.
+        settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+        super().__init__(*args, **kwargs)
+        self.context_settings = {**settings, "max_content_width": 110}
+        file = click.Path(path_type=Path)
+        text = "TOML or YAML file with keys"
+        self.params.insert(0, click.Option(["--config", "config_file"], type=file, help=text))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Turns the flags into a config, and calls the function."""
+        from qloop.config.keys import KEYS
+
+        flags = {name: ctx.params.pop(name) for name in KEYS}
+        config, notes = _prepare_run(ctx.args, ctx.params.pop("config_file"), flags)
+        ctx.params.update(config=config, notes=notes)
+        return super().invoke(ctx)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Adds a flag per key, once the command is used."""
@@ -52,31 +73,12 @@ def cli() -> None:
     """Continue the pretraining of causal language models on Q (kdb+) code."""
 
 
-TRAIN_OPTIONS: dict[str, Any] = {
-    "cls": TrainCommand,
-    # load_config reports unknown flags, together with all other problems.
-    "context_settings": {
-        "ignore_unknown_options": True,
-        "allow_extra_args": True,
-        "max_content_width": 110,
-    },
-}
-
-config_option = click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), help="TOML or YAML file with keys"
-)
-
-
-@cli.command(**TRAIN_OPTIONS)
-@config_option
-@click.pass_context
-def train(ctx: click.Context, /, config_file: Path | None, **flags: str | None) -> None:
+@cli.command(cls=TrainCommand)
+def train(config: Any, notes: list[str]) -> None:
     """Train a model; the same command, typed again, continues where the run stopped.
 
     Every key of a config file is also a flag, which replaces the value in the file.
     """
-    config, notes = _prepare_run(ctx, config_file, flags)
-
     from qloop.report.console import quieten_libraries
     from qloop.train import train as run_training
 
@@ -84,8 +86,7 @@ def train(ctx: click.Context, /, config_file: Path | None, **flags: str | None) 
     run_training(config, notes)
 
 
-@cli.command(**TRAIN_OPTIONS)
-@config_option
+@cli.command(cls=TrainCommand)
 @click.option(
     "--steps",
     type=click.IntRange(min=1),
@@ -100,17 +101,12 @@ def train(ctx: click.Context, /, config_file: Path | None, **flags: str | None) 
     show_default=True,
     help="Chrome trace to write",
 )
-@click.pass_context
-def profile(
-    ctx: click.Context, /, config_file: Path | None, steps: int, trace: Path, **flags: str | None
-) -> None:
+def profile(config: Any, notes: list[str], steps: int, trace: Path) -> None:
     """Measure where the time of a training step goes.
 
     Takes the flags of `qloop train`. Makes a few steps of that run in a temporary folder and writes
     a trace; the run itself is not touched.
     """
-    config, notes = _prepare_run(ctx, config_file, flags)
-
     from qloop.debug.profiling import profile as profile_steps
     from qloop.report.console import quieten_libraries
 
@@ -118,8 +114,7 @@ def profile(
     profile_steps(config, notes, steps, trace, click.echo)
 
 
-@cli.command(**TRAIN_OPTIONS)
-@config_option
+@cli.command(cls=TrainCommand)
 @click.option(
     "--device",
     help="h200, h100, a100-80, l40s, rtx4090, cpu and others; default: the device of this machine",
@@ -150,25 +145,20 @@ def profile(
     show_default=True,
     help="share of the device's matrix-product FLOP/s that training reaches, to estimate the time",
 )
-@click.pass_context
 def plan(
-    ctx: click.Context,
-    /,
-    config_file: Path | None,
+    config: Any,
+    notes: list[str],
     device: str | None,
     device_memory_gb: float | None,
     num_processes: int,
     engine: str,
     flops_use: float,
-    **flags: str | None,
 ) -> None:
     """Estimate memory, disk space and time of a run for each method, and what makes it fit.
 
     Takes the flags of `qloop train`. Uses shapes only: reads no weights and no corpus, and needs no
     GPU.
     """
-    config, _ = _prepare_run(ctx, config_file, flags)
-
     from qloop.planning.plan import find_placement
     from qloop.planning.table import show_plans
     from qloop.report.console import quieten_libraries
@@ -272,20 +262,19 @@ def _run() -> int:
 
 
 def _prepare_run(
-    ctx: click.Context, config_file: Path | None, flags: dict[str, str | None]
+    extra: list[str], config_file: Path | None, flags: dict[str, str | None]
 ) -> tuple[Any, list[str]]:
     """Returns the config that was typed, and notes on its unused keys; does not import torch."""
     from qloop.config.loading import describe_unused, load_config
 
     _stop_with_launcher()
-    unknown = {text.lstrip("-").split("=")[0]: "" for text in ctx.args if text.startswith("-")}
-    stray = [text for text in ctx.args if not text.startswith("-")]
+    unknown = {text.lstrip("-").split("=")[0]: "" for text in extra if text.startswith("-")}
+    stray = [text for text in extra if not text.startswith("-")]
     if stray and not unknown:
         raise click.UsageError(f"unexpected {' '.join(stray)}; every value follows its --flag")
     typed = {name: value for name, value in flags.items() if value is not None}
     config, given_in = load_config(config_file, {**typed, **unknown})
-    # Threads that spin while they wait make a step several times slower on a machine with other
-    # work.
+    # Threads that spin while they wait make a step several times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return config, describe_unused(config, given_in)
 

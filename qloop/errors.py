@@ -1,4 +1,4 @@
-"""The errors a user can cause or meet, each with the exit code of its command.
+"""The errors that a user can cause or meet, each with the exit code of its command.
 
 A message says where, what is wrong, the values, and what to do; the command line prints it without
 a traceback. Anything else that escapes is a crash: a traceback and exit code 1.
@@ -18,7 +18,7 @@ class QloopError(Exception):
     """An end of the command for a reason that its message explains."""
 
     exit_code = 1
-    """That of the process."""
+    """The exit code of the process."""
     state = "failed"
     """The state in status.json."""
 

@@ -199,7 +199,7 @@ class _PhaseClock:
 
 @contextlib.contextmanager
 def _marked(run: Run, clock: _PhaseClock) -> Iterator[None]:
-    """Has the parts of a step tell the clock of their phases, until the block ends."""
+    """Makes the parts of a step report their phases to the clock, until the block ends."""
     engine = run.engine
 
     def mark(name: str, phase: str, then: str) -> None:

@@ -1,4 +1,4 @@
-"""The needs of a run before it starts: memory, disk and time, from shapes alone.
+"""Estimates the memory, disk space and time of a run before it starts, from shapes alone.
 
 Memory is measured by `simulation.py`, which runs the real step on tensors without memory. The
 optimizer's state exists all the time and is added. With several processes, the training state is
@@ -263,7 +263,7 @@ def _count_sizes(model: PreTrainedModel) -> _Sizes:
 def _simulate(
     model: Any, config: Config, placement: Placement, kernels: Kernels, mode: str
 ) -> dict[str, int]:
-    """Returns the bytes alive at the peak of a step by part; the model is of no use afterwards."""
+    """Returns the bytes alive at the peak of a step by part; the model is unusable afterwards."""
     batch, length = config.batch, config.data.max_seq_length
     if placement.engine != "ddp" and placement.precision == "bf16":
         model = model.to(torch.bfloat16)  # the type that layers compute in; the masters are added

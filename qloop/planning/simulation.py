@@ -84,7 +84,7 @@ def simulate_step(
     """Runs the forward and backward pass of a micro-batch.
 
     Args:
-        model: On the `meta` device, with its recomputation set; of no use afterwards.
+        model: On the `meta` device, with its recomputation set; unusable afterwards.
         loss_kind: See `qloop.model.loss`.
         device_type: Decides the chunk size of the loss.
         batch_size: Blocks.
