@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, record_function
 from qloop.config.keys import Config
 from qloop.errors import ConfigError, explaining_disk_errors
 from qloop.opening import describe_run
+from qloop.planning.plan import change_config
 from qloop.report.metrics import StepRecord
 from qloop.run import Run, build_run
 from qloop.train import make_step
@@ -96,19 +97,14 @@ def refuse_trace(trace: Path) -> None:
 
 def _move(config: Config, scratch: Path) -> Config:
     """Returns the same run in another folder, without saves, evaluations and trackers."""
-    changes: dict[str, dict[str, Any]] = {
-        "run": {"output_dir": scratch, "experiment_name": "run"},
-        "data": {"cache_dir": config.data.cache_dir or config.run.output_dir / ".cache"},
-        "evaluate": {"eval_steps": 0},
-        "checkpoint": {"save_steps": _ENDLESS, "keep_every": 0},
-        "report": {"wandb": False, "tensorboard": False},
+    changes: dict[str, Any] = {
+        **{"output_dir": scratch, "experiment_name": "run", "wandb": False, "tensorboard": False},
+        **{"cache_dir": config.data.cache_dir or config.run.output_dir / ".cache"},
+        **{"eval_steps": 0, "save_steps": _ENDLESS, "keep_every": 0},
     }
     if config.run.resume in ("never", "restart"):
-        changes["run"]["resume"] = "auto"  # in an empty folder all three are the same
-    sections = {
-        name: getattr(config, name).model_copy(update=update) for name, update in changes.items()
-    }
-    return config.model_copy(update=sections)
+        changes["resume"] = "auto"  # in an empty folder all three are the same
+    return change_config(config, changes)
 
 
 def measure_steps(run: Run, steps: int) -> tuple[list[str], Any]:
