@@ -4,7 +4,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from qloop.config.keys import Config, as_flag
+from qloop.config.keys import KEYS, BatchConfig, Config, DataConfig, as_flag
+from qloop.config.loading import iterate_unused
 from qloop.run import Run
 from qloop.storage.folders import show_bytes
 
@@ -125,25 +126,24 @@ def describe_next(run: Run, checkpoint: Path) -> list[str]:
         "model_name": checkpoint,
         "training_method": "lora",
         "experiment_name": f"{folder.path.name[:59]}-lora",
-        **_find_given(config, "data", but=("cache_dir",)),
-        **_find_given(config, "batch"),
-        **_find_given(config, "schedule", but=("learning_rate", "min_learning_rate")),
+        **_find_given(config, *DataConfig.model_fields, *BatchConfig.model_fields),
+        **_find_given(config, "max_steps", "num_epochs", "warmup_steps"),
+        **_find_given(config, "trust_remote_code", "output_dir"),
     }
-    if config.run.output_dir != Config().run.output_dir:
-        adapt["output_dir"] = config.run.output_dir
     lines.append(f"  adapt it   {_command(adapt)}")
     return [*lines, f"  load it    AutoModelForCausalLM.from_pretrained('{checkpoint}')"]
 
 
-def _find_given(config: Config, section: str, but: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Returns the keys of a section whose values are not the defaults."""
-    given, defaults = getattr(config, section), getattr(Config(), section)
-    names = [name for name in type(given).model_fields if name not in but]
-    return {
-        name: getattr(given, name)
-        for name in names
-        if getattr(given, name) != getattr(defaults, name)
-    }
+def _find_given(config: Config, *names: str) -> dict[str, Any]:
+    """Returns the values that are not the defaults, of those keys that have an effect."""
+    unused = {name for names, _ in iterate_unused(config) for name in names} | {"cache_dir"}
+    given = {}
+    for name in names:
+        section = KEYS[name].section
+        value, default = (getattr(getattr(c, section), name) for c in (config, Config()))
+        if value != default and name not in unused:
+            given[name] = value
+    return given
 
 
 def _command(flags: dict[str, Any]) -> str:

@@ -85,7 +85,7 @@ def load_config(
 def describe_unused(config: Config, given_in: Mapping[str, str]) -> list[str]:
     """Describes the given keys that have no effect on this run, for its opening lines."""
     lines = []
-    for keys, reason in _iterate_unused(config):
+    for keys, reason in iterate_unused(config):
         given = [key for key in keys if key in given_in]
         if given:
             more = f" and {len(given) - 1} more" if given[1:] else ""
@@ -242,7 +242,7 @@ def _find_contradictions(
 ) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yields keys that contradict each other, first the one to report, and the problem."""
     model, data, schedule = config.model, config.data, config.schedule
-    for keys, reason in _iterate_unused(config):
+    for keys, reason in iterate_unused(config):
         for key in keys:
             if given_in.get(key) == COMMAND_LINE:
                 yield (key,), f"has no effect, {reason}; leave it out"
@@ -294,7 +294,7 @@ def _find_contradictions_of_model(
         yield ("model_config_file", "tokenizer_name"), "needs tokenizer_name too"
 
 
-def _iterate_unused(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+def iterate_unused(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yields groups of keys that have no effect with this config, and the reason."""
     if config.model.training_method == "full":
         yield tuple(LoraConfig.model_fields), "training_method is full"
