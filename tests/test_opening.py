@@ -1,10 +1,10 @@
-"""The ledger: what packing adds to it, and the lines in which a run begins."""
+"""The first lines of a run: the ledger, and how a step is divided on other processes."""
 
 import json
 from pathlib import Path
 
 import pytest
-from workspace import load_corpus
+from workspace import load_corpus, reset_accelerate
 
 from qloop.config.keys import DataConfig, ModelConfig
 from qloop.data.corpus import Corpus
@@ -14,6 +14,7 @@ from qloop.data.sources import find_sources
 from qloop.model.pretrained import load_tokenizer
 from qloop.opening import describe_ledger
 from qloop.report.files import describe_corpus
+from qloop.train import train
 
 
 def read_corpus(folder: Path, tokenizer_dir: Path, data: DataConfig) -> Corpus:
@@ -157,3 +158,15 @@ def test_the_lines_of_a_real_corpus_hold_its_numbers(corpus, report):
     assert f"{report['train']['targets']:,} targets" in train
     assert f"{report['held_out']['documents']} documents" in held_out
     assert last.endswith(f"tokenised now; fingerprint {corpus.fingerprint[:12]}")
+
+
+def test_a_step_that_is_divided_otherwise_is_named(make_config, capsys):
+    train(make_config(max_steps=3))
+    reset_accelerate()
+    capsys.readouterr()
+    keys = {"gradient_accumulation_steps": 4, "allow_change": "gradient_accumulation_steps"}
+    train(make_config(max_steps=6, **keys))
+    assert (
+        "step       reads 4 blocks, as from the start of this run: gradient_accumulation_steps is "
+        "2 on every process, not 4"
+    ) in capsys.readouterr().out
