@@ -17,19 +17,18 @@ from qloop.report.metrics import StepRecord
 class Console:
     """Writes messages to the terminal and the log, and steps to a live line."""
 
-    def __init__(self, log_file: Path | None, log_steps: int, last_step: int) -> None:
+    def __init__(self, log_file: Path, log_steps: int, last_step: int) -> None:
         """Opens the log.
 
         Args:
-            log_file: training_log.txt, appended to; None writes no log.
+            log_file: training_log.txt, appended to.
             log_steps: Steps between lines in the log, and on output that is no terminal.
             last_step: The last step of the run.
         """
         self._rich = RichConsole(soft_wrap=True, highlight=False, markup=False)
-        self._log = LineFile(log_file, self._rich.print) if log_file else None
-        self._log_steps = log_steps
-        self._last_step = last_step
-        self._live: Live | None = None
+        self._live = Live(console=self._rich, refresh_per_second=8)
+        self._log: LineFile | None = LineFile(log_file, self._rich.print)
+        self._log_steps, self._last_step = log_steps, last_step
         self._started: tuple[float, int] | None = None
 
     def say(self, message: str) -> None:
@@ -39,15 +38,10 @@ class Console:
 
     def show_step(self, record: StepRecord) -> None:
         """Updates the live line; prints and logs a plain line when it is due."""
-        now = time.perf_counter()
-        if self._started is None:
-            self._started = (now, record.step)
-        line = _describe_step(record, self._last_step, self._estimate_seconds(now, record.step))
+        line = _describe_step(record, self._last_step, self._estimate_seconds(record.step))
         is_due = record.step % self._log_steps == 0 or record.step == self._last_step
         if self._rich.is_terminal:
-            if self._live is None:
-                self._live = Live(console=self._rich, refresh_per_second=8)
-                self._live.start()
+            self._live.start()  # does nothing if it is started
             self._live.update(Text(line))
         elif is_due:
             self._rich.print(line)
@@ -56,19 +50,18 @@ class Console:
 
     def close(self) -> None:
         """Ends the live line, whose last state stays, and closes the log."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self._live.stop()
         if self._log is not None:
             self._log.close()
             self._log = None
 
-    def _estimate_seconds(self, now: float, step: int) -> float | None:
+    def _estimate_seconds(self, step: int) -> float | None:
         """Returns the seconds to the end at the pace so far, without the first step (warm-up)."""
-        assert self._started is not None
-        began, first_step = self._started
-        if step == first_step:
+        now = time.perf_counter()
+        if self._started is None:
+            self._started = (now, step)
             return None
+        began, first_step = self._started
         return (now - began) / (step - first_step) * (self._last_step - step)
 
     def _write_log(self, message: str) -> None:

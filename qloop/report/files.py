@@ -1,6 +1,5 @@
 """Files that programs read: metrics.jsonl, eval_results.json and the ledger of data_report.json."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 from qloop.data.corpus import Corpus
 from qloop.data.packing import BlockIndex
-from qloop.report.metrics import StepRecord
 from qloop.storage.folders import write_atomically, write_json
 
 
@@ -19,20 +17,14 @@ class LineFile:
     """
 
     def __init__(self, file: Path, say: Callable[[str], None]) -> None:
-        """Opens the file.
-
-        Args:
-            file: Appended to.
-            say: Prints one message when the disk refuses, and one when it accepts lines again.
-        """
-        self._file = file
-        self._say = say
+        """Opens the file; `say` prints a message when the disk refuses or accepts lines again."""
+        self._file, self._say = file, say
         self._stream = file.open("ab", buffering=0)
         self._unwritten = b""
         self._is_refused = False
 
-    def write(self, text: str) -> None:
-        """Appends text, which must end with a newline."""
+    def write(self, text: str = "") -> None:
+        """Appends whole lines; without any, tries again to write those that the disk refused."""
         self._unwritten += text.encode()
         try:
             while self._unwritten:
@@ -48,40 +40,21 @@ class LineFile:
 
     def close(self) -> None:
         """Closes the file, after a last attempt to write what the disk refused."""
-        self.write("")
+        self.write()
         self._stream.close()
 
 
-class MetricsFile:
-    """metrics.jsonl: a line is written when its step ends."""
-
-    def __init__(self, file: Path, after_step: int, say: Callable[[str], None]) -> None:
-        """Cuts the file back to a step, so that none appears twice."""
-        lines = [
-            json.dumps(record) for record in read_records(file) if record["step"] <= after_step
-        ]
-        write_atomically(file, "".join(f"{line}\n" for line in lines))
-        self._lines = LineFile(file, say)
-
-    def write(self, record: StepRecord) -> None:
-        """Appends a line."""
-        self._lines.write(json.dumps(dataclasses.asdict(record)) + "\n")
-
-    def close(self) -> None:
-        """Ends the file."""
-        self._lines.close()
-
-    def flush(self) -> None:
-        """Tries again to write the lines that the disk refused."""
-        self._lines.write("")
+def open_metrics(file: Path, after_step: int, say: Callable[[str], None]) -> LineFile:
+    """Opens metrics.jsonl, cut back to a step, so that none appears twice."""
+    records = [record for record in read_records(file) if record["step"] <= after_step]
+    write_atomically(file, "".join(f"{json.dumps(record)}\n" for record in records))
+    return LineFile(file, say)
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
     """Reads metrics.jsonl, without a last line that a crash cut short."""
-    if not file.exists():
-        return []
     records = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -78,10 +78,9 @@ class Meter:
             loss: Nats per target.
             learning_rate: Of the step.
             grad_norm: Before clipping.
-            target_tokens: Of the step, over all ranks.
-            block_ids: Of the step, over all ranks.
-            times: Clock at the start, and when the data, the gradients and the new weights were
-                ready.
+            target_tokens: Over all ranks.
+            block_ids: Over all ranks.
+            times: Clock at the start, and when data, gradients and new weights were ready.
         """
         started, fetched, computed, updated = times
         lengths, padding = self.index.lengths_of(block_ids)

@@ -57,39 +57,20 @@ def _smooth(losses: list[float]) -> list[float]:
 def _draw_held_out(axes: Any, evaluations: list[dict[str, Any]]) -> None:
     """Draws the held-out loss, a line at the base's, and the bits per byte of both ends."""
     first, last = evaluations[0], evaluations[-1]
-    axes.plot(
-        [evaluation["step"] for evaluation in evaluations],
-        [evaluation["loss"] for evaluation in evaluations],
-        color=_HELD_OUT,
-        linewidth=2,
-        marker="o",
-        markersize=5,
-        label="held out",
-        zorder=3,
-    )
-    axes.axhline(
-        first["loss"],
-        color=_REFERENCE,
-        linestyle="--",
-        linewidth=1,
-        label=f"held out, before training ({first['loss']:.2f})",
-    )
-    axes.annotate(
-        f"{last['loss']:.2f}\nbits per byte "
-        f"{first['bits_per_byte']:.3f} → {last['bits_per_byte']:.3f}",
-        (last["step"], last["loss"]),
-        xytext=(0, 12),
-        textcoords="offset points",
-        ha="right",
-        color=_HELD_OUT,
-        fontweight="bold",
-    )
+    steps = [evaluation["step"] for evaluation in evaluations]
+    losses = [evaluation["loss"] for evaluation in evaluations]
+    line = {"color": _HELD_OUT, "linewidth": 2, "marker": "o", "markersize": 5, "zorder": 3}
+    axes.plot(steps, losses, label="held out", **line)
+    before = f"held out, before training ({first['loss']:.2f})"
+    axes.axhline(first["loss"], color=_REFERENCE, linestyle="--", linewidth=1, label=before)
+    change = f"{first['bits_per_byte']:.3f} → {last['bits_per_byte']:.3f}"
+    text = f"{last['loss']:.2f}\nbits per byte {change}"
+    place = {"xytext": (0, 12), "textcoords": "offset points", "ha": "right"}
+    axes.annotate(text, (steps[-1], losses[-1]), color=_HELD_OUT, fontweight="bold", **place)
 
 
 def _add_passes(axes: Any, last: dict[str, Any]) -> None:
     """Adds a second x axis at the top: passes over the training corpus."""
-    passes_per_step = last["epoch"] / last["step"]
-    top = axes.secondary_xaxis(
-        "top", functions=(lambda step: step * passes_per_step, lambda p: p / passes_per_step)
-    )
+    rate = last["epoch"] / last["step"]
+    top = axes.secondary_xaxis("top", functions=(lambda step: step * rate, lambda x: x / rate))
     top.set_xlabel("passes over the corpus")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from qloop.errors import CheckpointError
 from qloop.evaluation.completions import Sample
 from qloop.evaluation.held_out import Evaluation
 from qloop.report.console import Console
-from qloop.report.files import EvalResultsFile, MetricsFile, read_records
+from qloop.report.files import EvalResultsFile, open_metrics, read_records
 from qloop.report.metrics import StepRecord
 from qloop.report.plot import plot_losses
 from qloop.report.trackers import Trackers
@@ -30,7 +31,7 @@ class Reporter:
             return
         self._run = run
         self._console = Console(run.training_log, config.report.log_steps, last_step)
-        self._metrics = MetricsFile(run.metrics, step, self.say)
+        self._metrics = open_metrics(run.metrics, step, self.say)
         self._evaluations = EvalResultsFile(run.eval_results, step)
         self._trackers = Trackers(
             config.report, run.logs, run.path.name, config.model_dump(mode="json"), step, self.say
@@ -44,17 +45,17 @@ class Reporter:
     def write_step(self, record: StepRecord) -> None:
         """Reports a step."""
         if self.is_main:
-            self._metrics.write(record)
-            self._console.show_step(record)
             values = dataclasses.asdict(record)
+            self._metrics.write(json.dumps(values) + "\n")
+            self._console.show_step(record)
             step = values.pop("step")
-            known = {name: value for name, value in values.items() if value is not None}
-            self._trackers.write(step, {f"train/{name}": value for name, value in known.items()})
+            known = {f"train/{name}": x for name, x in values.items() if x is not None}
+            self._trackers.write(step, known)
 
     def flush(self) -> None:
         """Tries again to write steps that the disk refused, before a save relies on them."""
         if self.is_main:
-            self._metrics.flush()
+            self._metrics.write()
 
     def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Reports held-out results."""
@@ -62,9 +63,7 @@ class Reporter:
             values = dataclasses.asdict(evaluation)
             with self._reporting_disk_errors():
                 self._evaluations.write(step, values)
-            self._trackers.write(
-                step, {f"held_out/{name}": value for name, value in values.items()}
-            )
+            self._trackers.write(step, {f"held_out/{name}": x for name, x in values.items()})
             self.say(
                 f"held out after step {step}: loss {evaluation.loss:.4f}, perplexity "
                 f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.4f} bits per byte, "
@@ -79,27 +78,20 @@ class Reporter:
         """
         if not self.is_main:
             return
+        folder, evaluations = self._run.results, self._evaluations.results
         try:
-            self._write_results(samples)
+            if evaluations:
+                ends = {"first": evaluations[0], "final": evaluations[-1]}
+                write_json(folder / "evaluation.json", ends)
+            if samples:
+                write_atomically(folder / "samples.md", _format_samples(samples))
+            records = read_records(self._run.metrics)
+            plot_losses(records, evaluations, self._run.path.name, folder / "loss.png")
         except OSError as error:
             raise CheckpointError(
-                f"{self._run.results}: cannot be written: {error}; the model is saved; make room "
-                "and type the same command again"
+                f"{folder}: cannot be written: {error}; the model is saved; make room and type "
+                "the same command again"
             ) from error
-
-    def _write_results(self, samples: list[Sample]) -> None:
-        folder = self._run.results
-        if self._evaluations.results:
-            first, last = self._evaluations.results[0], self._evaluations.results[-1]
-            write_json(folder / "evaluation.json", {"first": first, "final": last})
-        if samples:
-            write_atomically(folder / "samples.md", _format_samples(samples))
-        plot_losses(
-            read_records(self._run.metrics),
-            self._evaluations.results,
-            self._run.path.name,
-            folder / "loss.png",
-        )
 
     def say_farewell(self, step: int, checkpoint: Path, next_lines: list[str]) -> None:
         """Prints the results, the place of every file, and commands to type next."""

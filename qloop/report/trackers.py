@@ -38,7 +38,7 @@ class Trackers:
             ConfigError: The package of a tracker is not installed.
         """
         self._say = say
-        self._sinks: list[_Sink] = []
+        self._trackers: list[_TensorBoard | _Wandb] = []
         if config.tensorboard:
             self._start(lambda: _TensorBoard(logs / "tensorboard", step))
         if config.wandb:
@@ -46,42 +46,31 @@ class Trackers:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Sends the values of a step, by name: `train/loss`."""
-        self._each(lambda sink: sink.write(step, values))
+        self._each(lambda tracker: tracker.write(step, values))
 
     def close(self) -> None:
         """Closes the trackers."""
-        self._each(lambda sink: sink.close())
+        self._each(lambda tracker: tracker.close())
 
-    def _start(self, build: Callable[[], "_Sink"]) -> None:
+    def _start(self, build: "Callable[[], _TensorBoard | _Wandb]") -> None:
         try:
-            self._sinks.append(build())
+            self._trackers.append(build())
         except ConfigError:
             raise
         except Exception as error:  # a tracker's client may raise anything; training goes on
-            self._say(
-                f"a tracker could not start and is turned off: {type(error).__name__}: {error}"
-            )
+            kind = type(error).__name__
+            self._say(f"a tracker could not start and is turned off: {kind}: {error}")
 
-    def _each(self, act: Callable[["_Sink"], None]) -> None:
-        for sink in list(self._sinks):
+    def _each(self, act: "Callable[[_TensorBoard | _Wandb], None]") -> None:
+        for tracker in list(self._trackers):
             try:
-                act(sink)
+                act(tracker)
             except Exception as error:  # as above
-                self._sinks.remove(sink)
-                self._say(f"{sink.name} failed and is turned off: {error}")
+                self._trackers.remove(tracker)
+                self._say(f"{tracker.name} failed and is turned off: {error}")
 
 
-class _Sink:
-    name: str
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        raise NotImplementedError
-
-
-class _TensorBoard(_Sink):
+class _TensorBoard:
     name = "TensorBoard"
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -102,7 +91,7 @@ class _TensorBoard(_Sink):
         self._writer.close()
 
 
-class _Wandb(_Sink):
+class _Wandb:
     name = "Weights & Biases"
 
     def __init__(
