@@ -1,6 +1,6 @@
 """Tensors of blocks, and the reader that builds the micro-batches of any step in the background.
 
-There is no loader and no state to save: `steps.block_ids_at` decides which blocks a step reads.
+There is no data loader and no state to save: `steps.block_ids_at` chooses the blocks of a step.
 """
 
 import functools
@@ -55,15 +55,9 @@ class MicroBatch:
 
 
 def build_micro_batch(store: TokenStore, index: BlockIndex, block_ids: Integers) -> MicroBatch:
-    """Gathers the slices of some blocks into tensors.
+    """Gathers the slices of some blocks into tensors; `block_ids` ([batch]) may repeat.
 
-    Padding has no label, and its positions start at 0 like a document's, so that nothing attends
-    to it.
-
-    Args:
-        store: The corpus.
-        index: Its blocks.
-        block_ids: The blocks to gather, any number of times each. [batch]
+    Padding has no label, and its positions start at 0 like a document's, so nothing attends to it.
     """
     shape = (len(block_ids), index.block_length)
     input_ids = np.full(shape, store.end_id, dtype=np.int64)
@@ -108,7 +102,11 @@ class StepBatches(NamedTuple):
 
 
 class StepReader:
-    """Builds a rank's batches of any step, and in the background those of the next one."""
+    """Builds a rank's batches of any step, and in the background those of the next step.
+
+    Micro-batch m of a rank is number m * num_ranks + rank of the step. `pins` copies the batches to
+    pinned memory.
+    """
 
     def __init__(
         self,
@@ -121,17 +119,6 @@ class StepReader:
         seed: int,
         pins: bool,
     ) -> None:
-        """Starts the thread that reads ahead.
-
-        Args:
-            store: The corpus.
-            index: Its blocks.
-            step: The division of a step into micro-batches.
-            rank: This process's. Its micro-batch m is number m * num_ranks + rank of the step.
-            num_ranks: Processes of the run.
-            seed: The run's.
-            pins: Whether to copy batches to pinned memory.
-        """
         self._store, self._index, self._step, self._seed = store, index, step, seed
         self._rank, self._num_ranks, self._pins = rank, num_ranks, pins
         # A new thread uses the first GPU; pinning there would take memory from another rank.

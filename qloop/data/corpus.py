@@ -1,12 +1,11 @@
-"""The tokenised corpus: token stores of both sides, the account of the reading, the split.
+"""The tokenised corpus: the token stores of both sides, the ledger and the split.
 
     <cache_dir>/tokens/<fingerprint>/
       train/ held_out/    a token store each
       report.json         the ledger of each side, and every refusal
 
-The fingerprint hashes all that decides the content: the sources' bytes, the tokenizer, the
-settings. An edited file makes another corpus; an unchanged one is opened at once. The folder is
-whole or absent.
+The fingerprint is a hash of everything that determines the content: the sources' bytes, the
+tokenizer and the settings. Editing a file makes a new corpus. The folder is complete or absent.
 """
 
 import hashlib
@@ -24,10 +23,10 @@ from qloop.errors import DataError
 from qloop.storage.folders import delete_leftovers, whole_folder
 
 _FORMAT = 1
-"""Of the folder's files; another number makes another fingerprint."""
+"""Version of the folder's files; part of the fingerprint."""
 _SIDES = ("train", "held_out")
 _Item = tuple[str, Document | Refusal]
-"""Its side, and what was read."""
+"""A side, and an item read for it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Corpus:
     report: dict[str, Any]
     """Ledger of each side by its name (None if nothing was read), and `refusals`."""
     fingerprint: str
-    """Names the content: equal for the same corpus in any place."""
+    """Hash that identifies the content; independent of where the files are."""
     was_cached: bool
 
 
@@ -55,18 +54,11 @@ def build_corpus(
 ) -> tuple[Path, bool]:
     """Tokenises the documents, unless the cache has their stores.
 
-    Args:
-        train: Documents to learn from, and to hold some out of if `held_out` is None.
-        held_out: Documents never to learn from.
-        encoder: The tokenizer.
-        cache_dir: Parent of the stores; safe to delete.
-        held_out_share: Share of the training documents to hold out, in [0, 1); unused if there is
-            a `held_out`.
-        train_on_prompt: Whether a prompt's tokens are targets.
-        deduplicate: Whether exact copies are left out.
+    Without a `held_out` source, `held_out_share` of the training documents, in [0, 1), is held out.
+    `deduplicate` leaves out exact copies. `cache_dir` is safe to delete.
 
     Returns:
-        The corpus's folder, and whether it was there before.
+        The corpus's folder, and whether it existed before.
 
     Raises:
         DataError: A source cannot be read, or one of the two sides has no usable document.
@@ -94,7 +86,7 @@ def build_corpus(
             _refuse_empty(report, _SIDES if held_out or held_out_share else ("train",))
             (building / "report.json").write_text(json.dumps(report), encoding="utf-8")
     except OSError:
-        if not folder.is_dir():  # else another process has built the same meanwhile
+        if not folder.is_dir():  # else another process has built it meanwhile
             raise
     return folder, False
 
@@ -129,14 +121,14 @@ def open_corpus(folder: Path, encoder: Encoder, was_cached: bool) -> Corpus:
 def is_held_out(content_hash: bytes, share: float) -> bool:
     """Whether a document belongs to the held-out share, by its content alone.
 
-    It does if the first 8 bytes of the hash, read as a number in [0, 1), lie below the share. So a
-    document keeps its side whatever else is in the corpus, and equal documents share a side.
+    It does if the first 8 bytes of the hash, read as a number in [0, 1), are below the share. So a
+    document keeps its side when others come or go, and equal documents share a side.
     """
     return int.from_bytes(content_hash[:8], "big") < share * 2**64
 
 
 def _split(train: Source, held_out: Source | None, share: float) -> Iterator[_Item]:
-    """Yields each item read with its side; those of a held-out source first."""
+    """Yields each item with its side; those of a held-out source come first."""
     if held_out:
         for item in held_out.documents():
             yield "held_out", item
@@ -177,7 +169,6 @@ def _write_stores(
 
 
 def _refuse_empty(report: dict[str, Any], required: tuple[str, ...]) -> None:
-    """Raises DataError if a required side has no document."""
     empty = next((side for side in required if not (report[side] or {}).get("documents")), None)
     if empty is None:
         return

@@ -1,7 +1,7 @@
-"""Reads documents from Q files, JSONL, Parquet or a hub dataset; strictly, without losing any.
+"""Reads documents from Q files, JSONL, Parquet or a hub dataset; drops nothing silently.
 
-An item that cannot be used becomes a `Refusal` with its place and reason, in the order of reading;
-the rest of the corpus is read on. Text is used as it is: no byte is corrected.
+An unusable item becomes a `Refusal` with its place and reason, in the order of reading; reading
+goes on. Text is used as it is: no byte is corrected.
 
     trades.jsonl:1   {"text": "select from trade"}   -> Document
     trades.jsonl:2   {"text": 5}                     -> Refusal wrong_type: "text" is int
@@ -27,7 +27,7 @@ _JSONL_SUFFIXES = (".jsonl", ".json")
 
 @dataclass(frozen=True)
 class Document:
-    """One source text: `text` is learned; `prompt`, often empty, precedes it."""
+    """A source text: `text` is learned; `prompt`, often empty, precedes it."""
 
     text: str
     prompt: str
@@ -36,13 +36,13 @@ class Document:
 
     @property
     def content_hash(self) -> bytes:
-        """SHA-256 of prompt and text; does not depend on the place."""
+        """SHA-256 of prompt and text, independent of the place."""
         return hashlib.sha256(f"{self.prompt}\0{self.text}".encode()).digest()
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """An item of the corpus that cannot be used, and why."""
+    """An unusable item of the corpus, and the reason."""
 
     place: str
     reason: str
@@ -52,19 +52,16 @@ class Refusal:
 
 
 class Source(NamedTuple):
-    """Documents to read, and the identity of their content."""
+    """Documents to read, and a fingerprint of their content."""
 
     documents: Callable[[], Iterator[Document | Refusal]]
-    """Reads them from the start at each call."""
+    """Each call reads them from the start."""
     fingerprint: str
-    """The name of the text field, and a hash of the content; tells which corpus is cached."""
+    """The name of the text field and a hash of the content; part of the corpus's fingerprint."""
 
 
 def list_source_files(path: Path) -> list[Path]:
-    """Lists the files of a corpus path, sorted, so that their order is the same everywhere.
-
-    Args:
-        path: A file, or a folder, whose `.q` and `.k` files are taken at any depth.
+    """Returns a file, or the `.q` and `.k` files of a folder at any depth, in sorted order.
 
     Raises:
         DataError: The path does not exist, has no known format, or the folder has no such file.
@@ -85,7 +82,7 @@ def list_source_files(path: Path) -> list[Path]:
 
 
 def iterate_documents(files: list[Path], text_field: str) -> Iterator[Document | Refusal]:
-    """Yields the documents of some files, and a refusal for each item that is none.
+    """Yields the documents of some files, and a refusal for each unusable item.
 
     Raises:
         DataError: A Parquet file cannot be opened or lacks the columns.
@@ -107,13 +104,13 @@ def iterate_documents(files: list[Path], text_field: str) -> Iterator[Document |
 def iterate_rows(
     rows: Iterator[dict[str, Any]], name: str, text_field: str
 ) -> Iterator[Document | Refusal]:
-    """Yields the documents of a hub dataset's rows, and a refusal for each row that is none."""
+    """Yields the documents of a hub dataset's rows, and a refusal for each unusable row."""
     for number, row in enumerate(rows):
         yield _document_of(row, text_field, f"{name} row {number}")
 
 
 def _iterate_folder(path: Path) -> Iterator[Path]:
-    """Yields Q files, and links to folders, which are refused later instead of skipped."""
+    """Yields Q files, and links to folders, which are later refused rather than skipped."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""The tokenizer, reduced to the two functions and four values that the token store uses."""
+"""The part of a tokenizer that the token store uses."""
 
 import hashlib
 import json
@@ -12,16 +12,16 @@ class Encoder(NamedTuple):
     """Turns texts into token ids, and frames documents."""
 
     encode: Callable[[list[str]], list[list[int]]]
-    """Token ids of texts: nothing is added, text that spells a special token stays text."""
+    """Token ids of texts; adds no token, and text that spells a special token stays text."""
     count_bytes: Callable[[list[int]], int]
     """UTF-8 bytes of the text that some ids spell."""
     start_ids: list[int]
-    """Ids that the model expects before every document; often none."""
+    """Ids that the model expects before every document; often empty."""
     end_id: int
     vocabulary_size: int
     """The largest id plus one; ids may have gaps."""
     fingerprint: str
-    """Hash of all that decides the ids."""
+    """Hash of everything that determines the ids."""
 
 
 def build_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
@@ -41,12 +41,12 @@ def build_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
 
     def count_bytes(ids: list[int]) -> int:
         plain = [token for token in ids if token not in tokenizer.all_special_ids]
-        if is_byte_level:  # a token's name has a letter for each byte, also of half a character
+        if is_byte_level:  # a token's name has one letter per byte, even for part of a character
             return sum(len(name) for name in tokenizer.convert_ids_to_tokens(plain))
         return len(tokenizer.decode(plain).encode()) if plain else 0
 
     end_id = int(tokenizer.eos_token_id)
-    # Some tokenizers put a start token before every text (Llama, Gemma), some an end token after.
+    # Some tokenizers (Llama, Gemma) put a start token before every text, some an end token after.
     start_ids = [
         token
         for token in tokenizer("")["input_ids"]

@@ -1,12 +1,12 @@
-"""Block indexes, kept next to their token store: packed once, mapped by every process.
+"""Block indexes, kept next to their token store: packed once, memory-mapped by every process.
 
     <store>/index-1-best_fit-2048/    format, packing, block length
       starts.npy document.npy first.npy length.npy
       seal.txt                        hashes of these files and of the store's offsets
     <store>/packing.lock              held by the process that packs
 
-Packing ten million documents takes seconds, but the index a gigabyte of memory in every process.
-Mapped, its pages are in the page cache, shared by the ranks of a machine and read when needed.
+The index of ten million documents takes a gigabyte. Mapped, its pages are in the page cache, shared
+by the ranks of a machine and read when needed.
 """
 
 import errno
@@ -28,12 +28,7 @@ def load_index(folder: Path, store: TokenStore, packing: str, block_length: int)
     """Opens the index of a store; packs it first if it is missing or damaged.
 
     Several processes may call this at once: one packs, the others wait and open its result.
-
-    Args:
-        folder: The store's.
-        store: The documents to pack.
-        packing: A key of PACKINGS.
-        block_length: Tokens in a block.
+    `folder` is the store's; `packing` is a key of PACKINGS.
 
     Raises:
         OSError: The disk refuses.

@@ -1,7 +1,7 @@
 """Packs documents into blocks: an index of (document, first, length) slices; numpy only.
 
 A document of n tokens has n-1 positions from which a next token can be predicted: 0 to n-2.
-Packing assigns each position to a block exactly once, whatever the document's length. The label of
+Packing assigns each position to exactly one block, whatever the document's length. The label of
 position i is token i+1 of the *document*, so a cut between two slices costs nothing:
 
     tokens    10 11 12 13 14 15 99      n = 7, with 99 the end of the document; 6 positions
@@ -37,13 +37,13 @@ class BlockIndex:
 
     @property
     def padding_tokens(self) -> int:
-        """Positions of all blocks that no slice fills."""
+        """Positions, over all blocks, that no slice fills."""
         return len(self) * self.block_length - int(self.length.sum())
 
     def pieces_of(self, block_ids: Integers) -> Integers:
         """Returns the numbers of the slices of some blocks, block by block."""
         first, counts = self.starts[block_ids], self.starts[block_ids + 1] - self.starts[block_ids]
-        begins = np.cumsum(counts) - counts  # of each block's slices, in the result
+        begins = np.cumsum(counts) - counts  # of each block's slices in the result
         pieces: Integers = np.arange(counts.sum()) + np.repeat(first - begins, counts)
         return pieces
 
@@ -58,19 +58,14 @@ class BlockIndex:
 
 
 def pack_best_fit(positions: Integers, block_length: int) -> BlockIndex:
-    """Packs best-fit-decreasing: a document up to the block's length stays whole.
+    """Packs best-fit-decreasing: a document no longer than a block stays whole.
 
     A longer one is cut into full blocks and a rest. The rests and the short documents are placed
     longest first, each in the fullest block with enough room (Ding et al. 2024, arXiv 2404.10830).
 
-    The loop goes over lengths, not over documents: all pieces of one length are alike, and so are
-    all blocks with the same room. Of 3 blocks with room for 10, 5 pieces of length 4 fill two with
-    2 pieces and one with 1 piece. Whole groups are placed at once, so that ten million documents
-    take seconds.
-
-    Args:
-        positions: Input positions of each document, n-1 for n tokens; at least 1 each. [documents]
-        block_length: Tokens in a block.
+    The loop goes over lengths, not over documents: pieces of one length are alike, and so are
+    blocks with the same room. Of 3 blocks with room for 10, 5 pieces of length 4 fill two with 2
+    pieces and one with 1 piece. Placing whole groups packs ten million documents in seconds.
     """
     document, first, length = _cut(positions, block_length)
     order = np.argsort(-length, kind="stable")
@@ -106,12 +101,7 @@ def pack_best_fit(positions: Integers, block_length: int) -> BlockIndex:
 
 
 def pack_wrapped(positions: Integers, block_length: int) -> BlockIndex:
-    """Packs documents one after another and cuts where a block ends; pads only the last block.
-
-    Args:
-        positions: Input positions of each document, n-1 for n tokens; at least 1 each. [documents]
-        block_length: Tokens in a block.
-    """
+    """Packs documents one after another and cuts where a block ends; pads only the last block."""
     ends = np.cumsum(positions)
     begins = ends - positions
     # A slice starts where a document or a block starts. With documents of 3 and 4 positions and
@@ -133,7 +123,11 @@ PACKINGS: dict[str, Callable[[Integers, int], BlockIndex]] = {
     "best_fit": pack_best_fit,
     "wrapped": pack_wrapped,
 }
-"""The packings by their name in the config."""
+"""The packings by their name in the config.
+
+Arguments: the input positions of each document ([documents]; n-1 for n tokens, at least 1), and the
+tokens in a block.
+"""
 
 
 def _place(
@@ -145,8 +139,7 @@ def _place(
 ) -> Integers:
     """Places up to `count` pieces in blocks of equal room; adds the room left to `rooms`.
 
-    Returns:
-        The block of each placed piece; at most `count` of them.
+    Returns the block of each placed piece.
     """
     per_block = room // piece_length
     full, rest = divmod(min(count, len(blocks) * per_block), per_block)
@@ -164,18 +157,14 @@ def _place(
 
 
 def _cut(positions: Integers, block_length: int) -> tuple[Integers, Integers, Integers]:
-    """Cuts documents into pieces of at most a block; returns document, first, length of each."""
+    """Cuts documents into pieces of at most a block; returns each one's document, first, length."""
     document, number = _number_pieces(-(-positions // block_length))
     first = number * block_length
     return document, first, np.minimum(positions[document] - first, block_length)
 
 
 def _number_pieces(pieces: Integers) -> tuple[Integers, Integers]:
-    """Returns each piece's document and number in it: for 2 and 3, 0 0 1 1 1 and 0 1 0 1 2.
-
-    Args:
-        pieces: Pieces of each document. [documents]
-    """
+    """Returns each piece's document and number in it: for 2 and 3, 0 0 1 1 1 and 0 1 0 1 2."""
     document = np.repeat(np.arange(len(pieces), dtype=np.int64), pieces)
     firsts = np.repeat(np.cumsum(pieces) - pieces, pieces)
     return document, np.arange(len(document), dtype=np.int64) - firsts

@@ -3,12 +3,11 @@
     tokens.bin         every document's tokens, one after another (uint16, or uint32 for large
                        vocabularies)
     offsets.npy        document d is tokens[offsets[d] : offsets[d + 1]]; it ends with the end token
-    first_targets.npy  index in document d of the first token that is learned: 1, or the
-                       completion's first
+    first_targets.npy  index in document d of its first target: 1, or the completion's first
     target_bytes.npy   UTF-8 bytes of the text that document d's targets spell
-    places.jsonl       where document d came from, and its SHA-256
+    places.jsonl       origin of document d, and its SHA-256
 
-The arrays are mapped into memory, where all ranks of a machine share one copy.
+The arrays are memory-mapped: all ranks of a machine share one copy.
 """
 
 import json
@@ -31,7 +30,7 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Tokenised documents; the module's description explains the arrays."""
+    """Tokenised documents; the module docstring explains the arrays."""
 
     tokens: npt.NDArray[Any]  # [tokens], uint16 or uint32
     offsets: Integers  # [documents + 1]
@@ -44,7 +43,7 @@ class TokenStore:
 
     @property
     def positions(self) -> Integers:
-        """Input positions of each document, its tokens without the last; [documents]."""
+        """Input positions of each document: its tokens except the last; [documents]."""
         return np.diff(self.offsets) - 1
 
     @property
@@ -55,7 +54,7 @@ class TokenStore:
 
 @dataclass
 class Ledger:
-    """Accounts for all documents read and all their tokens; each count is of one epoch.
+    """Accounts for every document read and every token; each count is of one epoch.
 
     read = documents + refused + duplicates + also_held_out
     tokens = targets + first_tokens + prompt_tokens
@@ -74,7 +73,7 @@ class Ledger:
     refused_by_reason: dict[str, int] = field(default_factory=dict)
     duplicates: int = 0
     also_held_out: int = 0
-    """Left out of training, since the same text is held out."""
+    """Left out of training because the same text is held out."""
 
 
 def open_store(folder: Path, encoder: Encoder) -> TokenStore:
@@ -105,7 +104,7 @@ class StoreWriter:
         self._encoder = encoder
         self._train_on_prompt = train_on_prompt
         self._waiting: list[Document] = []
-        # 8 bytes a document each, where a list would take 40.
+        # 8 bytes per document each; a list would take 40.
         self._arrays = {name: array("q") for name in _ARRAYS}
         self._arrays["offsets"].append(0)
         self._tokens = (folder / "tokens.bin").open("wb")
@@ -136,7 +135,7 @@ class StoreWriter:
         ids = [*self._encoder.start_ids, *prompt_ids, *text_ids, self._encoder.end_id]
         learned_from = len(self._encoder.start_ids)
         learned_from += 0 if self._train_on_prompt else len(prompt_ids)
-        # Nothing precedes the first token, so it can be read but not predicted.
+        # The first token has no predecessor, so it can be read but not predicted.
         first_target = max(1, learned_from)
         text_bytes, prompt_bytes = len(document.text.encode()), len(document.prompt.encode())
         learned_bytes = text_bytes + (prompt_bytes if self._train_on_prompt else 0)
