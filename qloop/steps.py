@@ -1,7 +1,7 @@
-"""What follows from (config, step) alone: counters, seeds, block ids, and where a run ends.
+"""Quantities that follow from (config, step) alone: counters, seeds, block ids, the last step.
 
-There is no loader and no random state. The blocks and the random numbers of any step of any run can
-be asked for, in any order, on any number of processes:
+There is no data loader and no random state. The blocks and the random numbers of any step can be
+computed in any order, on any number of processes:
 
     >>> block_ids_at(0, step_blocks=4, num_blocks=6, seed=1).tolist()
     [4, 0, 2, 1]
@@ -25,12 +25,12 @@ from qloop.config.keys import BatchConfig, ScheduleConfig
 from qloop.errors import ConfigError, DataError, join_names
 
 DEFAULT_MAX_STEPS = 1000
-"""Steps of a run that names neither max_steps nor num_epochs."""
+"""Steps of a run with neither max_steps nor num_epochs."""
 
 
 @dataclasses.dataclass
 class Progress:
-    """The counters that survive a restart; with the tensors, all the state a run has."""
+    """The counters that survive a restart; with the tensors, the whole state of a run."""
 
     step: int = 0
     """Optimizer updates made."""
@@ -51,20 +51,16 @@ class Progress:
 
 
 def seed_at(seed: int, step: int, micro_batch: int) -> int:
-    """Returns the seed of one forward pass.
+    """Returns the seed of one forward pass, after `step` updates.
 
-    Args:
-        seed: The run's.
-        step: Updates made so far.
-        micro_batch: Number of the micro-batch in the step, over all ranks: two ranks never share
-            one.
+    Micro-batches are numbered in the step over all ranks, so no two ranks share a seed.
     """
     digest = hashlib.sha256(f"{seed} {step} {micro_batch}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # torch takes 63 bits
 
 
 def seed_forward_pass(seed: int) -> None:
-    """Seeds torch, and Python and numpy too, from which a model's own code may draw."""
+    """Seeds torch, Python and numpy: a model's own code may draw from each."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # numpy takes 32 bits
@@ -75,14 +71,9 @@ def block_ids_at(
 ) -> npt.NDArray[np.int64]:
     """Returns the blocks of a step, over all ranks, in their global order.
 
-    Every epoch is a permutation of all blocks, drawn from (seed, epoch). A step may span the end of
-    one and the start of the next.
-
-    Args:
-        blocks_seen: Blocks read before the step: with steps of one size, their number times it.
-        step_blocks: Blocks in a step: batch_size * gradient_accumulation_steps * ranks.
-        num_blocks: Blocks of the corpus.
-        seed: The run's.
+    Every epoch is a permutation of all `num_blocks` blocks, drawn from (seed, epoch). A step may
+    span the end of one epoch and the start of the next. `blocks_seen` counts the blocks read before
+    the step; `step_blocks` is batch_size * gradient_accumulation_steps * ranks.
     """
     places = np.arange(blocks_seen, blocks_seen + step_blocks)
     epochs, offsets = np.divmod(places, num_blocks)
@@ -112,20 +103,14 @@ class StepLayout:
 def divide_step(
     batch: BatchConfig, num_processes: int, saved_blocks: int | None, checkpoint: Path | None
 ) -> StepLayout:
-    """Divides a step among the ranks: the first start fixes its blocks, later starts keep them.
+    """Divides a step among the ranks: the first start fixes its size, later starts keep it.
 
     With batch_size 1, gradient_accumulation_steps 8 and 2 processes, a step reads 16 blocks.
-    Resumed by 4 processes, each makes 4 micro-batches of one block, and every step reads the same
-    blocks as before.
-
-    Args:
-        batch: The config's section.
-        num_processes: Of this start.
-        saved_blocks: Blocks of a step as the checkpoint has it; None takes the config's.
-        checkpoint: For the message.
+    Resumed on 4 processes, each makes 4 micro-batches of one block, and every step reads the same
+    blocks as before. `saved_blocks` is the checkpoint's step size; None takes the config's.
 
     Raises:
-        ConfigError: The processes cannot divide the step; names the numbers that can.
+        ConfigError: The processes cannot divide the step; the message names the numbers that can.
     """
     size = batch.batch_size
     if saved_blocks is None:
@@ -154,19 +139,12 @@ def count_steps(
 ) -> int:
     """Returns the step at which the run ends: max_steps or num_epochs, whichever comes first.
 
-    The last step of an epoch may read on into the next, so that every block is read.
-
-    Args:
-        schedule: The config's section, with the two limits.
-        batch: The config's section, for the message.
-        block_length: Tokens in a block, for the message.
-        num_blocks: Blocks of the corpus.
-        step_blocks: Blocks that a step reads from now on.
-        progress: Steps made and blocks seen so far.
+    The last step may read on into another epoch, so that every block is read. `batch` and
+    `block_length` only serve the message.
 
     Raises:
         DataError: The corpus is smaller than one step.
-        ConfigError: The warm-up is as long as the run, or the run is past that end already.
+        ConfigError: The warm-up is as long as the run, or the run is already past its end.
     """
     if num_blocks < step_blocks:
         raise DataError(

@@ -1,1 +1,1 @@
-"""What a run tells: the console, its log files, the plot, and trackers."""
+"""Reports of a run: the console, log files, the plot and trackers."""

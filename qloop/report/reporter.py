@@ -1,4 +1,4 @@
-"""All reports of a run in one object; on ranks other than the main one it does nothing."""
+"""All reports of a run in one object, which does nothing on ranks other than the main one."""
 
 import contextlib
 import dataclasses
@@ -20,12 +20,11 @@ from qloop.storage.folders import write_atomically, write_json
 
 
 class Reporter:
-    """Reports to the console, the log files and the trackers."""
+    """Reports to the console, the log files and the trackers; cuts the files back to `step`."""
 
     def __init__(
         self, run: RunDirectory, config: Config, step: int, last_step: int, is_main: bool
     ) -> None:
-        """Opens the files, cut back to `step`."""
         self.is_main = is_main
         if not is_main:
             return
@@ -53,7 +52,7 @@ class Reporter:
             self._trackers.write(step, known)
 
     def flush(self) -> None:
-        """Tries again to write steps that the disk refused, before a save relies on them."""
+        """Retries steps that the disk refused, before a save relies on them."""
         if self.is_main:
             self._metrics.write()
 
@@ -94,7 +93,7 @@ class Reporter:
             ) from error
 
     def say_farewell(self, step: int, checkpoint: Path, next_lines: list[str]) -> None:
-        """Prints the results, the place of every file, and commands to type next."""
+        """Prints the results, the place of every file, and the commands to type next."""
         if not self.is_main:
             return
         lines = [f"finished after step {step}"]
@@ -122,7 +121,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def _reporting_disk_errors(self) -> Iterator[None]:
-        """Reports a file that the disk refuses, and goes on: it is rewritten each time."""
+        """Reports a failed write and goes on: each later write replaces the whole file."""
         try:
             yield
         except OSError as error:
