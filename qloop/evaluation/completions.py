@@ -1,4 +1,4 @@
-"""Completions of held-out documents, to look at."""
+"""Completions of held-out documents, for people to read."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from qloop.model.attention import own_attention
 from qloop.model.compilation import uncompiled
 
 _PROMPT_TOKENS = 96
-"""Tokens of a document given as the prompt, at most."""
+"""Maximum number of a document's tokens that form the prompt."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ def sample_completions(
     """Lets the model continue a few held-out documents, spread evenly over all of them.
 
     Each gets at most `sample_tokens` new tokens, drawn at temperature 0.8 from the most likely
-    95 %; the same seed draws the same. The model is unwrapped; its mode is restored.
+    95 %; equal seeds draw equal tokens. The model is unwrapped; its mode is restored.
     """
     was_training = model.training
     model.eval()
-    # PEFT generates with its inner model, so FSDP2's hook on the outermost model, which gathers the
-    # shards of that one, is never called.
+    # PEFT generates with its inner model. FSDP2's hook on the outermost model, which gathers that
+    # model's own shards, is then never called.
     is_sharded = hasattr(model, "unshard")
     if is_sharded:
         model.unshard()

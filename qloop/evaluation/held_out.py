@@ -16,7 +16,7 @@ from qloop.model.loss import TargetLoss
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The model's figures on the held-out documents; every target has the same weight."""
+    """The model's scores on the held-out documents; every target has equal weight."""
 
     loss: float
     """Nats per target."""
@@ -24,7 +24,7 @@ class Evaluation:
     bits_per_byte: float
     """Comparable between tokenizers: the total loss in bits over the UTF-8 bytes of the targets."""
     token_accuracy: float
-    """Share of targets that the model predicted as the most likely token."""
+    """Share of targets that were the model's most likely token."""
     target_tokens: int
     target_bytes: int
 
@@ -50,8 +50,8 @@ def evaluate(
         for first in range(0, len(index), batch_size * num_ranks):
             begin = first + batch_size * rank
             block_ids = np.arange(begin, min(begin + batch_size, len(index)))
-            # With sharded weights, all ranks must call the model equally often: a rank without
-            # blocks left reads the last one again, and does not count it.
+            # With sharded weights, all ranks must call the model equally often: a rank with no
+            # blocks left reads the last one again without counting it.
             read_ids = block_ids if len(block_ids) else np.array([len(index) - 1])
             micro_batch = build_micro_batch(store, index, read_ids)
             prediction = loss.predict(model, micro_batch.to(accelerator.device))
@@ -64,7 +64,7 @@ def evaluate(
     target_bytes = int(store.target_bytes.sum())
     return Evaluation(
         loss=mean,
-        perplexity=math.exp(min(mean, 700.0)),  # exp overflows a float beyond that
+        perplexity=math.exp(min(mean, 700.0)),  # exp overflows a little above
         bits_per_byte=nats / math.log(2) / target_bytes,
         token_accuracy=correct_tokens / target_tokens,
         target_tokens=int(target_tokens),

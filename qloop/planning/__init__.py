@@ -1,1 +1,1 @@
-"""What a run will need before it starts."""
+"""Plans the memory, disk and time of a run before it starts."""

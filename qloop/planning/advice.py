@@ -40,13 +40,10 @@ def suggest_changes(plan: Plan, limit: int = 3) -> list[Suggestion]:
 def explain_out_of_memory(plan: Plan, step: int, measured_bytes: int) -> MemoryFullError:
     """Builds the error that names the parts of the peak and the changes that would fit.
 
-    Args:
-        plan: Of the run.
-        step: The step in progress.
-        measured_bytes: Memory in use at most.
+    `step` is the one in progress, `measured_bytes` the peak so far.
     """
     device, context = plan.placement.device, CONTEXT_BYTES[plan.placement.device.kind]
-    # The plan may say that the run fits. It did not, so a change must need less than that.
+    # The plan may say that the run fits, but it did not: a change must need less than planned.
     room = min(device.memory_bytes, plan.peak_bytes + context - 1)
     placement = dataclasses.replace(plan.placement, device=device._replace(memory_bytes=room))
     suggestions = suggest_changes(dataclasses.replace(plan, placement=placement))
@@ -66,7 +63,7 @@ def explain_out_of_memory(plan: Plan, step: int, measured_bytes: int) -> MemoryF
 
 
 def _list_changes(plan: Plan) -> list[dict[str, Any]]:
-    """Lists changes that save memory by their cost: none, then time, then learning capacity."""
+    """Lists changes that save memory by rising cost: none, time, then learning capacity."""
     config = plan.config
     length, batch = config.data.max_seq_length, config.batch
     changes: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""A model without values, on the `meta` device, to plan with."""
+"""A model without values, on the `meta` device, for planning."""
 
 from typing import Any
 
@@ -13,8 +13,6 @@ from qloop.model.pretrained import LOADING_ERRORS, cannot_load, load_model_confi
 
 def build_meta_model(config: ModelConfig, lora: LoraConfig, precision: str) -> PreTrainedModel:
     """Builds the model of `build_model` without values, on the `meta` device.
-
-    A 4-bit layer has the packed bytes as its weight, and unpacks them at each use.
 
     Raises:
         ConfigError: As `build_model`.
@@ -43,7 +41,7 @@ def build_meta_model(config: ModelConfig, lora: LoraConfig, precision: str) -> P
 
 
 class PackedLinear(torch.nn.Linear):
-    """A linear layer with the size of NF4 with double quantisation.
+    """A linear layer of the size of NF4 with double quantisation; unpacks its weight at each use.
 
     Half a byte per weight, a byte for each 64 weights and 4 bytes for each 64 * 256 (Dettmers et
     al. 2023, arXiv 2305.14314).
@@ -78,12 +76,12 @@ class _Unpacked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
         (packed,) = ctx.saved_tensors
-        # A different operator than above: a compiler would merge the two and keep the result.
+        # Not `new_empty` again: a compiler would merge the two calls and keep the result.
         return gradient @ packed.new_zeros(ctx.shape, dtype=ctx.dtype), None, None, None
 
 
 def _pack_linear_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Packs the layers that transformers would: all linear ones except the head."""
+    """Packs the same layers as transformers: all linear ones except the head."""
     head = model.get_output_embeddings()
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):

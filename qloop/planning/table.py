@@ -16,7 +16,7 @@ METHODS = ("full", "lora", "qlora")
 
 
 def show_plans(config: Config, placement: Placement, flops_use: float) -> str:
-    """Returns a table of the config's plan and those of the other methods, and what would fit."""
+    """Returns the plans of all methods; if the config's does not fit, also changes that would."""
     own = make_plan(config, placement)
     plans = [
         own
@@ -43,12 +43,9 @@ def show_plans(config: Config, placement: Placement, flops_use: float) -> str:
 
 
 def format_plans(plans: list[Plan], own: Plan, flops: float | None) -> str:
-    """Lays plans out in columns.
+    """Lays plans out in columns; marks `own`, the config's, with a star.
 
-    Args:
-        plans: One for each column.
-        own: The config's own among them, which is marked with a star.
-        flops: FLOP/s that a device reaches in training; None leaves times out.
+    `flops` are the FLOP/s that a device reaches in training; None leaves times out.
     """
 
     def fit(plan: Plan) -> str:
@@ -78,7 +75,7 @@ def format_plans(plans: list[Plan], own: Plan, flops: float | None) -> str:
 
 
 def find_largest_batch(plan: Plan) -> int:
-    """Returns the largest batch_size that fits, all else being equal; 0 if none does.
+    """Returns the largest batch_size that fits with all else equal; 0 if none does.
 
     Every block adds the same amount of memory.
     """
@@ -97,7 +94,7 @@ def find_largest_batch(plan: Plan) -> int:
 
 
 def count_disk_bytes(plan: Plan) -> int:
-    """Returns the size of the run's checkpoints: all that are kept, and the one being written."""
+    """Returns the bytes of the run's checkpoints: all those kept and the one being written."""
     settings = plan.config.checkpoint
     kept = settings.keep_checkpoints + int(settings.keep_best)
     if settings.keep_every:
@@ -106,9 +103,9 @@ def count_disk_bytes(plan: Plan) -> int:
 
 
 def find_flops(placement: Placement, flops_use: float) -> float | None:
-    """Returns the FLOP/s of training: a share of the data sheet's, or of a product measured here.
+    """Returns the FLOP/s of training: `flops_use` times those of a matrix product.
 
-    None for a device without a data sheet.
+    They are measured for this machine's device; others have those of the data sheet, or None.
     """
     if placement.device == find_device():
         here = torch.device(placement.device.kind)
@@ -119,7 +116,7 @@ def find_flops(placement: Placement, flops_use: float) -> float | None:
 
 
 def estimate_seconds(plan: Plan, flops: float | None) -> float | None:
-    """Returns the time of a step: its model FLOPs, and the recomputed forward pass."""
+    """Returns the seconds of a step, a recomputed forward pass included; None if unknown."""
     if plan.step_flops is None or flops is None:
         return None
     recomputed = (plan.forward_flops or 0) if plan.recomputation == "full" else 0
