@@ -82,13 +82,8 @@ class CheckpointManager:
     ) -> None:
         """Stores the arguments.
 
-        Args:
-            store: The folder of the checkpoints.
-            settings: The section of the config.
-            accelerator: Connects the ranks.
-            provenance: What the run is made of.
-            files: Further files of every checkpoint, by name: config, tokenizer.
-            say: Called with each message to the user.
+        `files` are those of every checkpoint besides tensors and progress, by name: config,
+        tokenizer. `say` is called with each message to the user.
         """
         self._store = store
         self._settings = settings
@@ -110,12 +105,8 @@ class CheckpointManager:
     ) -> None:
         """Saves the run's state, or copies it and starts a background save.
 
-        Args:
-            engine: Holds model and optimizer.
-            progress: The counters after the step.
-            loss: The step's loss.
-            held_out_loss: Measured after this very step, or None.
-            must_succeed: True at the end of a run: save synchronously, raise at a failure.
+        At the end of a run it `must_succeed`: it is synchronous and raises at a failure. The
+        held-out loss is that after this very step, or None.
 
         Raises:
             CheckpointError: The disk refused `max_failed_saves` saves in a row, or this one if it
@@ -164,9 +155,7 @@ class CheckpointManager:
     def poll(self, wait: bool = False, must_succeed: bool = False) -> None:
         """Commits the save if all ranks have written their files; every rank learns the outcome.
 
-        Args:
-            wait: Whether to wait until they have.
-            must_succeed: Whether one failure ends the run.
+        With `wait` it waits until they have.
 
         Raises:
             CheckpointError: The save failed, and that was the last attempt.

@@ -81,13 +81,8 @@ def choose_checkpoint(
 ) -> Checkpoint | None:
     """Chooses the checkpoint to go on from and verifies every byte of it.
 
-    Args:
-        config: The whole config, which is compared with the checkpoint's.
-        store: The run's own checkpoints.
-        say: Called with a line on each damaged checkpoint; the run's own are moved aside.
-
-    Returns:
-        None if the run starts at step 0.
+    Damaged checkpoints of the run itself are moved aside, with a line to `say` on each. Returns None
+    if the run starts at step 0.
 
     Raises:
         ConfigError: Going on would overwrite steps, or change what the run is.
@@ -148,11 +143,6 @@ def restore(engine: Engine, checkpoint: Checkpoint, optimizer: str) -> str:
     """Loads the saved state into an engine whose model was built from the same checkpoint.
 
     After a change of the optimizer, the moments are loaded if names, types and shapes are the same.
-
-    Args:
-        engine: The new engine.
-        checkpoint: The checkpoint to go on from.
-        optimizer: The config's; it differs from the checkpoint's if `allow_change` names it.
 
     Returns:
         A line for the user if the moments start anew; empty if they were loaded.

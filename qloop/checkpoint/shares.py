@@ -24,14 +24,7 @@ class Share(NamedTuple):
 
 
 def share_of(rank: int, num_writers: int, stem: str, tensors: Mapping[str, LazyTensor]) -> Share:
-    """Deals out the tensors of a stem.
-
-    Args:
-        rank: The rank whose share is returned.
-        num_writers: Ranks that write: 1, or all.
-        stem: Of the file names.
-        tensors: The tensors to save, by name.
-    """
+    """Deals out the tensors of a stem to one writer or to all ranks; returns the rank's share."""
     specs = align({name: tensor.spec for name, tensor in tensors.items()})
     ordered = {name: tensors[name] for name in specs}
     if num_writers == 1:

@@ -92,11 +92,8 @@ class CheckpointStore:
     ) -> None:
         """Stores the arguments.
 
-        Args:
-            folder: The folder of the checkpoints; it must exist before the first save.
-            filesystem: The disk.
-            check_lock: Called at the begin of a save and before its rename; raises if another
-                process has taken the folder.
+        `check_lock` is called at the beginning of a save and before its rename; it raises if
+        another process has taken the folder.
         """
         self.folder = folder
         self._disk = filesystem
@@ -144,12 +141,8 @@ class CheckpointStore:
     ) -> GoodCheckpoint:
         """Completes a save: when it returns, checkpoint-<step> is on the disk for good.
 
-        Args:
-            unfinished: The folder from `begin`.
-            step: The number of the checkpoint; an existing folder of that name is moved aside.
-            written: The files of the save.
-            facts: For the manifest.
-            held_out_loss: For the manifest, and for the choice of the best.
+        An existing folder of that name is moved aside. The best checkpoint is chosen by
+        `held_out_loss`; `facts` go into the manifest.
 
         Raises:
             OSError: The disk refused. Every older checkpoint is untouched. If only the last sync
