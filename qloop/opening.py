@@ -104,12 +104,7 @@ def describe_progress(run: Run) -> str:
 
 
 def describe_next(run: Run, checkpoint: Path) -> list[str]:
-    """Returns what to type after a run: commands that work as they are.
-
-    Args:
-        run: Finished.
-        checkpoint: Its last.
-    """
+    """Returns what to type after a run: commands that work as they are."""
     config, folder = run.config, run.folder.directory
     longer: dict[str, Any] = {}
     if config.schedule.num_epochs:

@@ -210,10 +210,6 @@ def open_run(config: Config | Path | str, **keys: Any) -> Iterator[Run]:
 def build_run(config: Config, notes: Sequence[str] = ()) -> Run:
     """Builds everything, from the run's folder to the reports, and restores its checkpoint.
 
-    Args:
-        config: The whole config.
-        notes: Lines for the opening.
-
     Raises:
         QloopError: Something that the config names cannot be used. The run's folder is free again.
     """
@@ -403,14 +399,7 @@ def prepare(
 ) -> Prepared:
     """Wraps the model in its engine, checks attention and loss on it, and restores the moments.
 
-    Args:
-        config: The whole config.
-        data: The corpus.
-        built: The model and what was chosen for it.
-        checkpoint: The run goes on from it.
-        layout: Of a step.
-        first_blocks: Blocks seen before the next step; None if there is no step left.
-        accelerator: The run's.
+    `first_blocks` are the blocks seen before the next step; None if no step is left.
     """
     engine = build_engine(accelerator, built.model, config.optimizer, layout.accumulation)
     attention, isolation = set_attention(
@@ -453,11 +442,7 @@ def compile_and_warm_up(
 ) -> str:
     """Compiles the layers by a forward and backward pass whose gradients are dropped.
 
-    Args:
-        engine: Its model is compiled in place.
-        target_loss: The model's.
-        micro_batch: Any of the run, not yet on the device.
-        is_wanted: Whether the config asks for it; otherwise a failure leaves layers uncompiled.
+    If it was not `is_wanted`, a failure leaves the layers uncompiled.
 
     Returns:
         How it went, for the opening lines.

@@ -28,9 +28,7 @@ class Listed(NamedTuple):
 def list_checkpoints(run: Path, with_hashes: bool = True) -> list[Listed]:
     """Examines all checkpoints of a run, the oldest first, then those that were moved aside.
 
-    Args:
-        run: A run's folder, its checkpoints folder, or one checkpoint.
-        with_hashes: False compares names and sizes only.
+    Without hashes, only names and sizes are compared.
 
     Raises:
         CheckpointError: There is none, or it cannot be read.

@@ -81,8 +81,10 @@ def choose_checkpoint(
 ) -> Checkpoint | None:
     """Chooses the checkpoint to go on from and verifies every byte of it.
 
-    Damaged checkpoints of the run itself are moved aside, with a line to `say` on each. Returns None
-    if the run starts at step 0.
+    Damaged checkpoints of the run itself are moved aside, with a line to `say` on each.
+
+    Returns:
+        None if the run starts at step 0.
 
     Raises:
         ConfigError: Going on would overwrite steps, or change what the run is.

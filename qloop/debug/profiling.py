@@ -46,12 +46,8 @@ def profile(
 ) -> None:
     """Makes steps of the run that a config describes, and reports where their time went.
 
-    Args:
-        config: The run's; its own folder is not touched.
-        notes: Lines for the opening.
-        steps: Steps to time, and as many again with the profiler.
-        trace: The Chrome trace file to write.
-        say: Prints.
+    Makes `steps` of them with a clock, and as many again with the profiler, whose Chrome trace is
+    written to `trace`. The run's own folder is not touched.
 
     Raises:
         QloopError: Something that the config names cannot be used, or `trace` cannot be written.

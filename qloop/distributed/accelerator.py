@@ -27,11 +27,6 @@ def build_accelerator(
 ) -> Accelerator:
     """Builds the accelerator for this machine; without a GPU there may still be several ranks.
 
-    Args:
-        model: The config's section: precision, method and recomputation.
-        batch: The config's section.
-        optimizer: The config's section.
-
     Raises:
         ConfigError: The launcher asks for an engine that qloop does not support, or not with these
             keys.
@@ -89,11 +84,7 @@ def build_engine(
 ) -> Engine:
     """Builds the optimizer, and wraps or shards the model as the launcher asks.
 
-    Args:
-        accelerator: From `build_accelerator`.
-        model: On the CPU, or on the device.
-        optimizer: The config's section.
-        accumulation: Micro-batches in a step of a rank, see `steps.divide_step`.
+    `accumulation` is the number of micro-batches in a step of a rank.
     """
     accelerator.gradient_accumulation_steps = accumulation
     kind = accelerator.distributed_type

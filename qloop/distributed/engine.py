@@ -49,9 +49,7 @@ class Engine:
         averaged over the ranks. Both are undone, so that the step's gradient is that of the sum
         over all micro-batches and ranks, divided once.
 
-        Args:
-            loss_sum: Of a micro-batch, summed over its targets.
-            divisor: Targets of the whole step, over all ranks.
+        `loss_sum` is that of a micro-batch; `divisor` counts the targets of the step on all ranks.
         """
         accelerator = self.accelerator
         averaged_over = accelerator.gradient_accumulation_steps * accelerator.num_processes
@@ -90,9 +88,7 @@ class Engine:
     def restore(self, weights: SavedTensors, moments: SavedTensors | None) -> None:
         """Loads saved moments; the weights were loaded when the model was built.
 
-        Args:
-            weights: The model's, or the adapter's.
-            moments: The optimizer's; None leaves it as it starts.
+        Without moments, the optimizer stays as it starts.
 
         Raises:
             CheckpointError: Names, types or shapes are not those of this model; nothing was loaded.

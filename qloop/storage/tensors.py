@@ -68,9 +68,7 @@ def encode_tensors(
 ) -> Iterator[memoryview]:
     """Yields the bytes of a safetensors file; copies one tensor at a time to the CPU.
 
-    Args:
-        specs: The tensors of the file, aligned.
-        tensors: Their values, in the same order.
+    The specs are aligned, see `align`; the tensors are in the same order.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     end = 0
@@ -119,9 +117,7 @@ def gather_mine(
 ) -> Iterator[torch.Tensor]:
     """Yields this rank's tensors; takes part in gathering all others, too.
 
-    Args:
-        tensors: All tensors, in an order that is the same on every rank.
-        mine: Those to yield, in the same order.
+    All ranks have the tensors in the same order; `mine` keeps it.
     """
     for name, tensor in tensors.items():
         whole = tensor.gather()
