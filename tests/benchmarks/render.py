@@ -135,7 +135,7 @@ def format_saving(results: dict) -> str:
         [
             row["way"],
             f"{row['blocked_seconds']:.3f} s",
-            f"{row['commit_seconds']:.3f} s" if "commit_seconds" in row else "in the background",
+            f"{row['commit_seconds']:.3f} s" if "commit_seconds" in row else "-",
             f"{row['share_of_step']:.0%}",
             f"{row['next_step_ratio']:.2f}",
         ]
