@@ -1,1 +1,1 @@
-"""Checkpoints: complete step directories, and what a run goes on from."""
+"""Checkpoints: saving, verifying, resuming, listing and exporting."""

@@ -1,12 +1,12 @@
-"""`qloop export`: writes a checkpoint as a plain model folder, to serve or to evaluate.
+"""`qloop export`: writes a checkpoint as a plain model folder, for serving or evaluation.
 
-    checkpoint of full      its weights, in the type of --dtype
-    checkpoint of lora      the adapter merged into its base
-    checkpoint of qlora     the same, into the base in full precision: training saw the base rounded
-                            to 4 bits, so the merged model is near the trained one, not equal to it
+    full     the weights, converted to --dtype
+    lora     the adapter merged into its base
+    qlora    the same, with the base in full precision: training used it rounded to 4 bits, so the
+             merged model is close to the trained one, not equal
 
-Nothing of the training state is copied. The folder appears by one rename, once it is whole and on
-the disk. Full checkpoints are converted tensor by tensor; a merge needs the base in fp32 in memory.
+The training state is left out. The folder gets its name once it is complete and on the disk. Full
+checkpoints are converted tensor by tensor; a merge holds the base in memory, in fp32.
 """
 
 import json
@@ -41,7 +41,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _PART_BYTES = 5e9
 _LEFT_OUT = ("optimizer", PROGRESS, "adapter_", "model.", "model-", "README.md")
 _UNFINISHED = ".exporting-"
-"""A run that finds such a folder among its checkpoints does not delete it."""
+"""Its own prefix, so that no run deletes the folder as a leftover of a save."""
 
 
 def export(
@@ -50,16 +50,16 @@ def export(
     """Writes the model of a checkpoint.
 
     Args:
-        source: A run's folder, its checkpoints folder (for its newest good one), or a checkpoint.
+        source: A run's folder, its checkpoints folder (for the newest good one), or a checkpoint.
         destination: The new folder; it may exist if it is empty.
-        dtype: A key of DTYPES: the type of the floating-point tensors.
-        base: Where the base of an adapter is now; None: where it was at training.
-        say: Called with lines on what was done.
+        dtype: A key of DTYPES, for the floating-point tensors.
+        base: Location of an adapter's base; None: the location at training.
+        say: Called with each line for the user.
 
     Raises:
-        ConfigError: The destination cannot be used, the base is another one, or a weight is too
+        ConfigError: The destination is unusable, the base is a different one, or a weight is too
             large for the type.
-        CheckpointError: There is no good checkpoint, or the disk refuses.
+        CheckpointError: No checkpoint is good, or the disk refuses.
     """
     place = Path(os.path.realpath(destination))  # "." has no name, and a link is not replaced
     with explaining_disk_errors(place):
@@ -115,7 +115,7 @@ def _merge(checkpoint: Checkpoint, base: str | None, say: Callable[[str], None])
     wanted = checkpoint.provenance.fingerprints["frozen_weights"]
     if config.model.training_method == "qlora":
         say(f"{name}: was trained on in 4 bits, so it cannot be compared with what it was then")
-    # The fingerprint is of the type that training computed in, which depends on the machine.
+    # Training takes the fingerprint in its compute type, which depends on the machine.
     elif wanted not in (
         fingerprint_weights(model),
         fingerprint_weights(model, torch.bfloat16),

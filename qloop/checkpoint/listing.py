@@ -1,4 +1,4 @@
-"""The table of `qloop checkpoint`: which checkpoints there are, and which are good. Only reads."""
+"""The table of `qloop checkpoint`: all checkpoints of a run and their state. Read-only."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -16,22 +16,20 @@ from qloop.storage.folders import show_bytes
 
 
 class Listed(NamedTuple):
-    """A checkpoint and its state."""
+    """A checkpoint: a good one has a manifest, a damaged one has None and a problem."""
 
     path: Path
     manifest: Manifest | None
-    """None if it is damaged."""
     problem: str
-    """The damage, or empty."""
 
 
 def list_checkpoints(run: Path, with_hashes: bool = True) -> list[Listed]:
-    """Examines all checkpoints of a run, the oldest first, then those that were moved aside.
+    """Examines all checkpoints of a run: the oldest first, at the end those moved aside.
 
     Without hashes, only names and sizes are compared.
 
     Raises:
-        CheckpointError: There is none, or it cannot be read.
+        CheckpointError: There is none, or one cannot be read.
     """
     store, paths = locate_checkpoints(run)
     if paths != [run]:
@@ -42,7 +40,7 @@ def list_checkpoints(run: Path, with_hashes: bool = True) -> list[Listed]:
 
 
 def format_table(listed: list[Listed], with_hashes: bool = True) -> str:
-    """Returns a table of the name, size, losses and state of each."""
+    """Returns a table with the name, size, losses and state of each checkpoint."""
     good = [
         GoodCheckpoint(path, manifest)
         for path, manifest, _ in listed

@@ -8,10 +8,9 @@
       progress.json                        counters, config and provenance of the run
       manifest.json, COMMIT                see store.py, which writes them
 
-Checkpoints larger than `share_above_gb` are written by all ranks: each writes whole tensors, of
-weights and of moments, to `model-00001-of-00004.safetensors` and so on, with the index that
-`from_pretrained` reads. No tensor is cut, so a reader needs to know neither the number of ranks nor
-the engine.
+Checkpoints larger than `share_above_gb` are written by all ranks, each to its own files
+(`model-00001-of-00004.safetensors`), with the index that `from_pretrained` reads. Tensors are never
+split, so a reader needs to know neither the number of ranks nor the engine.
 
 Random states are not saved: every forward pass is seeded from (seed, step, micro-batch).
 """
@@ -64,10 +63,10 @@ def _refusing_the_save() -> Iterator[None]:
 
 
 class CheckpointManager:
-    """The checkpoints of one run; every rank calls every method.
+    """Saves the checkpoints of one run; every rank calls every method.
 
-    Each rank writes its share of a save, in the background if host memory can hold a copy. When all
-    ranks have written, the main rank commits, while the loop waits.
+    Each rank writes its share of a save, in the background if host memory can hold a copy. Once all
+    ranks have written, the main rank commits, which blocks the loop.
     """
 
     def __init__(
@@ -80,11 +79,7 @@ class CheckpointManager:
         files: Mapping[str, bytes],
         say: Callable[[str], None],
     ) -> None:
-        """Stores the arguments.
-
-        `files` are those of every checkpoint besides tensors and progress, by name: config,
-        tokenizer. `say` is called with each message to the user.
-        """
+        """Stores the arguments; `files` go into every checkpoint: model config, tokenizer."""
         self._store = store
         self._settings = settings
         self._accelerator = accelerator
@@ -105,8 +100,8 @@ class CheckpointManager:
     ) -> None:
         """Saves the run's state, or copies it and starts a background save.
 
-        At the end of a run it `must_succeed`: it is synchronous and raises at a failure. The
-        held-out loss is that after this very step, or None.
+        `held_out_loss` is None if it was not measured after this step. `must_succeed`, for the end
+        of a run, saves synchronously and raises on any failure.
 
         Raises:
             CheckpointError: The disk refused `max_failed_saves` saves in a row, or this one if it
@@ -135,7 +130,7 @@ class CheckpointManager:
         messages: list[str] = []
 
         def write() -> dict[str, File]:
-            self._rotate(messages)  # what the commit of a background save has replaced
+            self._rotate(messages)  # postponed by the commit of a background save
             return self._write(unfinished, contents, texts)
 
         self._save = _Save(
@@ -153,12 +148,10 @@ class CheckpointManager:
             self.poll(wait=True, must_succeed=must_succeed)
 
     def poll(self, wait: bool = False, must_succeed: bool = False) -> None:
-        """Commits the save if all ranks have written their files; every rank learns the outcome.
-
-        With `wait` it waits until they have.
+        """Commits the save if all ranks have written their files; `wait` waits until they have.
 
         Raises:
-            CheckpointError: The save failed, and that was the last attempt.
+            CheckpointError: The save failed, and it must succeed or was the last attempt.
             LockedError: Another process has taken the run's folder.
         """
         save = self._save
@@ -185,10 +178,10 @@ class CheckpointManager:
         self._fail(refusal, must_succeed)
 
     def close(self) -> None:
-        """Finishes the background save of a run that ends by an error; calls no other rank.
+        """Finishes the background save of a run that an error ends; communicates with no rank.
 
-        The main rank commits the save if it writes all files. If all ranks write, it cannot: it
-        does not know the hashes of the others' files.
+        The main rank commits the save if it has written all files itself. Otherwise it cannot,
+        because it does not know the hashes of the other ranks' files.
         """
         save, self._save = self._save, None
         if save is None or not self._is_main:
@@ -204,7 +197,7 @@ class CheckpointManager:
             self._report(save, saved)
 
     def describe_space(self, engine: Engine, step: int, last_step: int) -> list[str]:
-        """Returns a warning if the disk cannot hold the checkpoints to come; else nothing."""
+        """Returns a warning if the disk cannot hold the coming checkpoints; else an empty list."""
         _, weights = engine.collect_weights()
         size = sum(tensor.spec.nbytes for tensor in weights.values())
         size += sum(spec.nbytes for spec in engine.moment_specs().values())
@@ -213,7 +206,7 @@ class CheckpointManager:
         kept = self._settings.keep_checkpoints + int(self._settings.keep_best)
         if self._settings.keep_every:
             kept += last_step // self._settings.keep_every - step // self._settings.keep_every
-        # One more than is kept: the oldest is deleted after the newest is committed.
+        # One more than are kept: the oldest is deleted after the newest is committed.
         needed = size * min(saves, kept + 1)
         free = self._store.count_free_bytes()
         if needed <= free:
@@ -232,7 +225,7 @@ class CheckpointManager:
         return self._store.begin(step)
 
     def _deal_out(self, engine: Engine) -> list[Share]:
-        """Returns this rank's shares: the main rank writes all tensors, or each rank its part."""
+        """Returns this rank's shares: the main rank writes all tensors, or each rank a part."""
         stem, weights = engine.collect_weights()
         groups = {stem: weights, MOMENTS: engine.collect_moments()}
         size = sum(tensor.spec.nbytes for group in groups.values() for tensor in group.values())
@@ -242,9 +235,9 @@ class CheckpointManager:
         return [share_of(rank, num_writers, name, tensors) for name, tensors in groups.items()]
 
     def _fits_in_memory(self, shares: list[Share]) -> bool:
-        """Returns whether every rank has the memory for a copy of its share."""
+        """Whether every rank has memory for a copy of its share."""
         size = sum(spec.nbytes for share in shares for spec in share.mine.values())
-        # Copies of an earlier save are overwritten; the ranks of a machine share its memory.
+        # Earlier copies are overwritten; the ranks of a machine share its memory.
         more = torch.tensor([max(0, size - self._copies.nbytes)], device=self._accelerator.device)
         first = self._accelerator.process_index - self._accelerator.local_process_index
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -259,7 +252,7 @@ class CheckpointManager:
         return False
 
     def _all(self, answer: bool) -> bool:
-        """Returns whether the answer is True on all ranks."""
+        """Whether the answer is True on all ranks."""
         count = torch.tensor(int(answer), device=self._accelerator.device)
         return bool(self._accelerator.reduce(count, "sum") == self._accelerator.num_processes)
 
@@ -270,7 +263,7 @@ class CheckpointManager:
         contents: list[tuple[Share, Iterable[torch.Tensor]]],
         texts: Mapping[str, bytes],
     ) -> dict[str, File]:
-        """Writes this rank's files; if that fails, still takes part in gathering the others'."""
+        """Writes this rank's files; if that fails, still takes part in gathering the others."""
         files: dict[str, File] = {}
         try:
             for share, tensors in contents:
@@ -286,7 +279,7 @@ class CheckpointManager:
                     pass
 
     def _collect_texts(self, progress: Progress, shares: list[Share]) -> dict[str, bytes]:
-        """Returns the files without tensors, by name, which the main rank writes."""
+        """Returns the files without tensors, by name; only the main rank writes them."""
         if not self._is_main:
             return {}
         content = {
@@ -305,14 +298,14 @@ class CheckpointManager:
         saved = self._store.commit(
             save.unfinished, save.step, files, {"loss": save.loss}, save.held_out_loss
         )
-        # Deleting a large file takes seconds. After a background save, the next one does it, in
-        # the background; until then there is one checkpoint more, as `describe_space` plans.
+        # Deleting large files takes seconds, so after a background save the next save does it, in
+        # the background. Until then one more checkpoint exists, which `describe_space` counts.
         if not save.in_background:
             self._rotate(save.messages)
         return saved
 
     def _rotate(self, messages: list[str]) -> None:
-        """Deletes old checkpoints on the main rank; a failure costs no save."""
+        """Deletes old checkpoints on the main rank; a failure does not fail the save."""
         if not self._is_main:
             return
         keep = self._settings
@@ -360,19 +353,18 @@ class _Save:
     is_by_main_alone: bool
     writing: "Future[dict[str, File]]"
     messages: list[str]
-    """Of the rotations; for the user, once the writing has ended."""
+    """From the rotation; shown to the user once the writing has ended."""
     blocking_seconds: float
-    """Seconds for which the save has blocked the loop so far."""
 
 
 def _run(function: Callable[[], T], in_background: bool) -> "Future[T]":
-    """Calls it now, or in a thread that does not keep the process from ending."""
+    """Calls the function now, or in a thread that does not keep the process alive."""
     future: Future[T] = Future()
 
     def work() -> None:
         try:
             future.set_result(function())
-        except Exception as error:  # raised where the result is asked for
+        except Exception as error:  # raised by `result()`
             future.set_exception(error)
 
     if in_background:

@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from: which one, whether it fits, and loading its state."""
+"""Resuming: chooses a checkpoint, checks that it belongs to the run, and loads its state."""
 
 import dataclasses
 import json
@@ -15,24 +15,23 @@ from qloop.steps import Progress
 from qloop.storage.tensors import SavedTensors
 
 MOMENTS = "optimizer"
-"""Stem of the files of the optimizer's tensors, each named `parameter/moment`."""
+"""Stem of the optimizer's files; their tensors are named `parameter/moment`."""
 
 PROGRESS = "progress.json"
-"""Counters and provenance of a checkpoint; the field names below are its keys."""
+"""The file of counters and provenance; its keys are the fields of Progress and Provenance."""
 
 _WORDS = ("auto", "never", "restart")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a run is made of; a run goes on only with the same."""
+    """Config and inputs of a run; a checkpoint is resumed only with the same ones."""
 
     config: dict[str, Any]
-    """The config, by section."""
     fingerprints: dict[str, str]
     """Of the corpus, the tokenizer and the frozen base."""
     step_blocks: int
-    """Blocks of a step, over all ranks."""
+    """Blocks in a step, over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Reads progress.json of a verified checkpoint.
 
     Raises:
-        CheckpointError: It is no checkpoint of qloop.
+        CheckpointError: The folder is not a checkpoint of qloop.
     """
     try:
         content = json.loads((path / PROGRESS).read_bytes())
@@ -62,10 +61,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def config_of(checkpoint: Checkpoint) -> Config:
-    """Returns the config that a checkpoint was made with.
+    """Returns the config that a checkpoint was saved with.
 
     Raises:
-        CheckpointError: Its keys are unknown to this version of qloop.
+        CheckpointError: This version of qloop does not accept it.
     """
     try:
         return Config.model_validate(checkpoint.provenance.config)
@@ -79,17 +78,17 @@ def config_of(checkpoint: Checkpoint) -> Config:
 def choose_checkpoint(
     config: Config, store: CheckpointStore, say: Callable[[str], None]
 ) -> Checkpoint | None:
-    """Chooses the checkpoint to go on from and verifies every byte of it.
+    """Chooses the checkpoint to resume and verifies every byte of it.
 
-    Damaged checkpoints of the run itself are moved aside, with a line to `say` on each.
+    Damaged checkpoints of the run itself, those in `store`, are moved aside.
 
     Returns:
         None if the run starts at step 0.
 
     Raises:
-        ConfigError: Going on would overwrite steps, or change what the run is.
+        ConfigError: Resuming would overwrite newer steps, or the config differs.
         CheckpointError: The checkpoint that `resume` names is damaged or missing; or all are
-            damaged, and `resume` is not "restart".
+            damaged, and `resume` is "auto".
     """
     resume = config.run.resume
     try:
@@ -124,7 +123,7 @@ def choose_checkpoint(
 def refuse_other_provenance(
     checkpoint: Checkpoint, provenance: Provenance, allow_change: tuple[str, ...]
 ) -> None:
-    """Refuses a run that would go on with another corpus, tokenizer or base.
+    """Refuses to resume with another corpus, tokenizer or base.
 
     Raises:
         ConfigError: A fingerprint differs, and `allow_change` does not name it.
@@ -144,10 +143,11 @@ def refuse_other_provenance(
 def restore(engine: Engine, checkpoint: Checkpoint, optimizer: str) -> str:
     """Loads the saved state into an engine whose model was built from the same checkpoint.
 
-    After a change of the optimizer, the moments are loaded if names, types and shapes are the same.
+    If the checkpoint has another optimizer than the config's `optimizer`, its moments are loaded
+    only if names, types and shapes match.
 
     Returns:
-        A line for the user if the moments start anew; empty if they were loaded.
+        A line for the user if the moments start at zero; empty if they were loaded.
 
     Raises:
         CheckpointError: Names, types or shapes are not those of this model; nothing was loaded.

@@ -1,7 +1,6 @@
-"""Which rank writes which tensors of a save: the main rank all of them, or every rank a part.
+"""Divides the tensors of a save: the main rank writes all of them, or every rank a part.
 
-A rank writes whole tensors to a file of its own. So a checkpoint does not depend on the number of
-ranks that wrote it.
+Each rank writes whole tensors to its own file, so any number of ranks can read the checkpoint.
 """
 
 from collections.abc import Mapping
@@ -20,11 +19,11 @@ class Share(NamedTuple):
     mine: dict[str, TensorSpec]
     """The tensors that this rank writes."""
     index_file: bytes
-    """The content of the index file; empty if there is one file only."""
+    """Its content; empty if there is only one file."""
 
 
 def share_of(rank: int, num_writers: int, stem: str, tensors: Mapping[str, LazyTensor]) -> Share:
-    """Deals out the tensors of a stem to one writer or to all ranks; returns the rank's share."""
+    """Returns the rank's share of the tensors; `num_writers` is 1 or the number of ranks."""
     specs = align({name: tensor.spec for name, tensor in tensors.items()})
     ordered = {name: tensors[name] for name in specs}
     if num_writers == 1:

@@ -1,22 +1,20 @@
-"""Step directories that are whole or absent, on a disk that may fail at any call.
+"""Step directories that are complete or absent, on a disk that may fail at any call.
 
     checkpoints/
-      checkpoint-100/             whole: COMMIT vouches for the manifest, that for every file
-        model.safetensors ...     files of the manager
+      checkpoint-100/             complete: COMMIT hashes the manifest, which hashes every file
+        model.safetensors ...     see manager.py
         manifest.json             step, losses, and size and SHA-256 of each file
         COMMIT                    the manifest's SHA-256
       .unfinished-checkpoint-200-1f0c/   being written, or left by a crash: the next save deletes it
       .deleted-checkpoint-50/     being deleted
-      damaged-checkpoint-150/     failed its check: moved aside for a person to look at
+      damaged-checkpoint-150/     failed its check, moved aside for a person to examine
 
-A save is `begin`, `write_file` for each file, `commit`; after an OSError, `abandon`. Every file is
-hashed while it is written, and synced. The commit syncs the manifest, then COMMIT, then the folder;
-only then it renames the folder to its final name and syncs the parent. `rotate` deletes only what
-committed checkpoints replace. So a crash at any call leaves the older checkpoints intact, and a
-damaged checkpoint is detected before any of its bytes is used. There is no pointer to the newest
-checkpoint: it is the good one with the highest number.
-
-A manifest protects against damage, not against a person who writes a new one for other tensors.
+A save calls `begin`, `write_file` for each file, and `commit`; after an OSError, `abandon`. Each
+file is hashed while it is written, then synced. `commit` syncs the manifest, COMMIT and the folder,
+in this order, then renames the folder to its final name and syncs the parent. `rotate` deletes only
+checkpoints that committed ones replace. A crash at any call thus leaves the older checkpoints
+intact, and damage is detected before any byte is used. No file points to the newest checkpoint: it
+is the good one with the highest number. The manifest protects against damage, not against forgery.
 """
 
 import contextlib
@@ -45,7 +43,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 # Formats that run code when they are loaded.
 _REFUSED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".distcp")
 _MAX_TEXT_BYTES = 1 << 24
-# Read errors that mean damage; any other may pass, such as missing permission.
+# Read errors that mean damage; others, such as missing permission, may be temporary.
 _DAMAGE = (errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
@@ -66,7 +64,7 @@ class Manifest:
 
     step: int
     held_out_loss: float | None
-    """Nats per target on the held-out documents; None if not measured after this very step."""
+    """Nats per target on the held-out documents; None if not measured after this step."""
     facts: dict[str, Any]
     """Further values, such as the training loss."""
     files: dict[str, File]
@@ -92,8 +90,11 @@ class CheckpointStore:
     ) -> None:
         """Stores the arguments.
 
-        `check_lock` is called at the beginning of a save and before its rename; it raises if
-        another process has taken the folder.
+        Args:
+            folder: Must exist before the first save.
+            filesystem: Makes all system calls; tests pass one that fails.
+            check_lock: Called at the start of a save and before its rename; raises a LockedError if
+                another process has taken the folder.
         """
         self.folder = folder
         self._disk = filesystem
@@ -101,7 +102,7 @@ class CheckpointStore:
         self._verified: dict[Path, Manifest] = {}  # each is hashed once per process
 
     def begin(self, step: int) -> Path:
-        """Makes the folder of a new save; deletes the leftovers of interrupted ones.
+        """Creates the folder of a new save; deletes the leftovers of interrupted ones.
 
         Raises:
             OSError: The disk refused.
@@ -114,7 +115,7 @@ class CheckpointStore:
         return unfinished
 
     def write_file(self, unfinished: Path, name: str, content: Iterable[memoryview]) -> File:
-        """Writes and syncs a file of a save, and hashes the very bytes that the disk receives.
+        """Writes and syncs a file of a save; hashes the bytes passed to the disk.
 
         Raises:
             OSError: The disk refused.
@@ -139,14 +140,13 @@ class CheckpointStore:
         facts: Mapping[str, Any],
         held_out_loss: float | None = None,
     ) -> GoodCheckpoint:
-        """Completes a save: when it returns, checkpoint-<step> is on the disk for good.
+        """Completes a save: on return, checkpoint-<step> survives a loss of power.
 
-        An existing folder of that name is moved aside. The best checkpoint is chosen by
-        `held_out_loss`; `facts` go into the manifest.
+        An existing folder of that name is moved aside.
 
         Raises:
             OSError: The disk refused. Every older checkpoint is untouched. If only the last sync
-                was refused, the new one is whole under its name.
+                was refused, the new one is complete under its name.
             LockedError: Another process has taken the run's folder.
         """
         path = self.folder / f"checkpoint-{step}"
@@ -166,7 +166,7 @@ class CheckpointStore:
             self._delete_tree(unfinished)
 
     def list_checkpoints(self) -> list[Path]:
-        """Returns every path with the name of a checkpoint, the oldest step first."""
+        """Returns every path with the name of a checkpoint, in the order of steps."""
         names = ((_CHECKPOINT.fullmatch(name), name) for name in self._disk.list(self.folder))
         return [self.folder / name for _, name in sorted((int(m[1]), n) for m, n in names if m)]
 
@@ -176,16 +176,13 @@ class CheckpointStore:
         return [self.folder / name for name in names if name.startswith(_DAMAGED)]
 
     def verify(self, path: Path, with_hashes: bool = True) -> Manifest:
-        """Checks every byte of a checkpoint, before anything parses it.
+        """Checks every byte of a checkpoint, of any folder name, before anything parses it.
 
-        Args:
-            path: The checkpoint's folder, of any name.
-            with_hashes: False compares names and sizes only, and reads no tensor.
+        Without `with_hashes`, compares names and sizes only, and reads no tensor.
 
         Raises:
-            DamagedError: COMMIT, manifest and files do not agree, or there are other files.
-            OSError: It cannot be read for a reason that is no damage: no permission, too many open
-                files.
+            DamagedError: COMMIT, manifest and files do not match, or there are other files.
+            OSError: Reading failed without damage: missing permission, too many open files.
         """
         try:
             manifest = self._read_manifest(path)
@@ -199,7 +196,7 @@ class CheckpointStore:
         return manifest
 
     def find_newest(self, say: Callable[[str], None]) -> GoodCheckpoint | None:
-        """Returns the newest good checkpoint; moves newer, damaged ones aside and reports each.
+        """Returns the newest good checkpoint; reports newer, damaged ones and moves them aside.
 
         Raises:
             OSError: A damaged one cannot be moved.
@@ -213,13 +210,13 @@ class CheckpointStore:
     def rotate(
         self, keep: int, keep_every: int, keep_best: bool, say: Callable[[str], None]
     ) -> None:
-        """Deletes old checkpoints; only good ones count as kept.
+        """Deletes all good checkpoints but the newest; moves damaged ones aside.
 
         Args:
-            keep: Number of newest checkpoints to keep.
-            keep_every: Keep those of a step divisible by it, too; 0: none.
-            keep_best: Keep the one of the lowest held-out loss, too.
-            say: Called with a line on each damaged checkpoint, which is moved aside.
+            keep: Number of newest good checkpoints to keep.
+            keep_every: Also keeps those whose step is divisible by it; 0: none.
+            keep_best: Also keeps the one with the lowest held-out loss.
+            say: Called with a line on each damaged checkpoint.
 
         Raises:
             OSError: The disk refused; the next rotation tries again.
@@ -241,7 +238,7 @@ class CheckpointStore:
         return self._disk.count_free_bytes(self.folder)
 
     def set_aside(self, path: Path) -> Path:
-        """Renames a folder so that no save and no resume looks at it; returns the new path."""
+        """Renames a checkpoint so that saves and resumes ignore it; returns the new path."""
         taken = set(self._disk.list(self.folder))
         base = f"{_DAMAGED}{path.name}"
         names = [base, *(f"{base}-{number}" for number in range(2, len(taken) + 3))]
@@ -252,19 +249,18 @@ class CheckpointStore:
         return aside
 
     def _delete_leftovers(self) -> None:
-        """Deletes the folders of interrupted saves and deletions, as far as the disk allows."""
         for name in self._disk.list(self.folder):
             if name.startswith((_UNFINISHED, _DELETED)):
                 self.abandon(self.folder / name)
 
     def _seal(self, unfinished: Path, manifest: Manifest) -> None:
-        """Writes and syncs first the manifest, then COMMIT, then the folder's names."""
+        """Writes and syncs the manifest, then COMMIT; then syncs the folder."""
         sealed = self.write_file(unfinished, MANIFEST, [memoryview(_dump(manifest))])
         self.write_file(unfinished, COMMIT, [memoryview(f"{sealed.sha256}\n".encode())])
         self._disk.sync_folder(unfinished)
 
     def _delete(self, path: Path) -> None:
-        """Deletes a checkpoint; renames it first, so that nobody ever sees a part of it."""
+        """Renames a checkpoint, then deletes it, so that no incomplete one has its name."""
         deleted = self.folder / f"{_DELETED}{path.name}"
         self._verified.pop(path, None)
         self._disk.rename(path, deleted)
@@ -331,13 +327,13 @@ class CheckpointStore:
 
 
 def locate_checkpoints(place: Path) -> tuple[CheckpointStore, list[Path]]:
-    """Decides which checkpoints a path means.
+    """Finds the checkpoints that a path refers to.
 
     Args:
         place: A run's folder, its checkpoints folder, or one checkpoint.
 
     Returns:
-        The store and its checkpoints, the oldest step first; only `place` if that is a checkpoint.
+        The store and its checkpoints, the oldest step first; `place` alone if that is a checkpoint.
 
     Raises:
         CheckpointError: The path cannot be read.
@@ -354,16 +350,13 @@ def locate_checkpoints(place: Path) -> tuple[CheckpointStore, list[Path]]:
 
 
 def find_checkpoint(place: Path, say: Callable[[str], None]) -> GoodCheckpoint:
-    """Finds the newest good checkpoint that a path means, and verifies every byte of it.
+    """Finds the newest good checkpoint that a path refers to, and verifies every byte of it.
 
-    Changes nothing, so that it may be used on another run's folder.
-
-    Args:
-        place: See `locate_checkpoints`.
-        say: Called with a line on each newer checkpoint that is not good.
+    Changes nothing, so the path may belong to another run. `place` is as in `locate_checkpoints`;
+    `say` is called with a line on each newer checkpoint that is not good.
 
     Raises:
-        CheckpointError: There is no good one; says why for each.
+        CheckpointError: None is good; the message says why for each.
     """
     store, paths = locate_checkpoints(place)
     problems = []
@@ -381,7 +374,7 @@ def find_checkpoint(place: Path, say: Callable[[str], None]) -> GoodCheckpoint:
 
 
 def find_best(good: Iterable[GoodCheckpoint]) -> GoodCheckpoint | None:
-    """Returns the checkpoint of the lowest held-out loss, the newest of equal ones."""
+    """Returns the checkpoint with the lowest held-out loss, the newest of equal ones."""
     measured = [kept for kept in good if kept.manifest.held_out_loss is not None]
     return min(
         measured,
