@@ -1,12 +1,12 @@
 """The folder of a run: its paths, the check that it holds no other run, its lock, status.json.
 
 output/<experiment_name, or the model's short name>/
-  config.yaml     the config that ran; `--config` takes it
+  config.yaml     the config of the run; `--config` accepts it
   checkpoints/    checkpoint-N, each complete
   logs/           training_log.txt, metrics.jsonl, eval_results.json, data_report.json
   results/        the final evaluation, samples, loss.png
   status.json     state, step, reason
-  .lock           locked by the running process, which it names
+  .lock           names the running process, which holds a lock on it
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _BEFORE_CONFIG = {_LOCK, ".config.yaml.tmp"}
 
 
 class RunDirectory:
-    """Paths of a run's files, which `create` makes."""
+    """The paths of a run's files and folders."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,14 +46,14 @@ class RunDirectory:
         self.status = path / "status.json"
 
     def refuse_another(self, config: Config) -> None:
-        """Makes sure that the folder is new or holds the run of this config.
+        """Checks that the folder is new or holds the run of this config.
 
         Raises:
             ConfigError: It holds another run (the message lists the differences), a run that may
                 not be continued, or files of something else.
         """
         if self.config.exists():
-            # Older versions wrote paths there that are relative to the working directory.
+            # Older versions wrote paths relative to the working directory.
             before = load_config(self.config, {}, relative_to=Path()).config
             changes = find_changes(before, config)
             if changes:
@@ -76,7 +76,7 @@ class RunDirectory:
             )
 
     def create(self, config: Config) -> None:
-        """Creates the folders, and writes the config that runs.
+        """Creates the folders and writes config.yaml.
 
         Raises:
             OSError: The disk refuses.
@@ -85,7 +85,7 @@ class RunDirectory:
         write_atomically(self.config, dump_yaml(config))
         for folder in (self.checkpoints, self.logs, self.results):
             folder.mkdir(exist_ok=True)
-        # Without the names of its parent folders, a checkpoint is lost.
+        # If a parent folder's own entry is not on the disk, its checkpoints are lost.
         for folder in (self.path, self.path.parent):
             FileSystem().sync_folder(folder)
 
@@ -104,8 +104,8 @@ def locate_run(config: Config) -> RunDirectory:
     """Returns the folder of the config's run; creates nothing.
 
     Raises:
-        ConfigError: No folder name can be made of the model's name, the path is a file, or a link
-            leads out of output_dir.
+        ConfigError: The model's short name is no folder name, the path is a file, or a link leads
+            out of output_dir.
     """
     name = config.run.experiment_name
     if name is None:
@@ -132,9 +132,9 @@ def locate_run(config: Config) -> RunDirectory:
 class RunLock:
     """Holds `<run>/.lock` from `acquire` to `release` or to the end of the process.
 
-    The system frees it when its process ends, however that happens, so nothing needs cleaning up
-    after a `kill -9`. Some network file systems lock on each machine separately; there, `check`
-    finds that another process has written its own name into the file.
+    The system frees the lock when the process ends, even by `kill -9`. Some network file systems
+    lock each machine separately; there, `check` detects that another process has written its name
+    into the file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -168,7 +168,7 @@ class RunLock:
             os.pwrite(self._stream, self._text.encode(), 0)
 
     def check(self) -> None:
-        """Makes sure that this process still holds the lock; takes it again if its file is gone.
+        """Checks that this process still holds the lock; takes it again if its file is gone.
 
         Raises:
             LockedError: Another process has written into it.
@@ -186,7 +186,7 @@ class RunLock:
             )
 
     def release(self) -> None:
-        """Frees the lock; deletes a folder that was created for it and holds nothing else."""
+        """Frees the lock; deletes the folder if `acquire` created it and it holds nothing else."""
         if self._stream is None:
             return
         if self._made_folder and os.listdir(self._folder) == [self._file.name]:
@@ -197,7 +197,7 @@ class RunLock:
         self._stream = None
 
     def _open_and_lock(self) -> int | None:
-        """Locks the file; returns None if it was deleted meanwhile: try again."""
+        """Locks the file; returns None if it was deleted meanwhile and the caller must retry."""
         stream = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,1 +1,1 @@
-"""The disk: system calls, folders that are whole or absent, tensors piece by piece."""
+"""The disk: system calls, folders that are complete or absent, tensors one at a time."""

@@ -1,7 +1,7 @@
-"""The only access of checkpoints to the disk: plain system calls and no policy.
+"""The system calls that save and verify checkpoints; they make no decisions.
 
-What a checkpoint survives is decided by the order of these calls in `checkpoint/store.py`. Tests
-replace the disk by one that loses data, fills up or fails at any of them (`tests/torture/`).
+The order of the calls in `checkpoint/store.py` decides which failures a checkpoint survives. Tests
+replace the disk by one that loses data, fills up or fails at any call (`tests/torture/`).
 """
 
 import os
@@ -14,7 +14,7 @@ _PIECE_BYTES = 1 << 22
 
 
 class FileSystem:
-    """Calls on a real disk; every one raises OSError as the system does."""
+    """A real disk; every method raises OSError as the system does."""
 
     def make_folder(self, path: Path) -> None:
         """Creates a folder, which must not exist yet."""
@@ -26,7 +26,7 @@ class FileSystem:
 
     def append(self, descriptor: int, data: memoryview) -> None:
         """Writes all of `data`."""
-        data = data.cast("B") if data.nbytes else data  # slices then count bytes
+        data = data.cast("B") if data.nbytes else data  # so that slices count bytes
         while data.nbytes:
             data = data[os.write(descriptor, data[:_PIECE_BYTES]) :]
 

@@ -1,7 +1,7 @@
-"""Folders and files that are whole or absent, the locks of files, hashes and sizes.
+"""Folders and files that are complete or absent, file locks, hashes and sizes.
 
-A file is written by `write_atomically`, a folder filled inside `whole_folder`: each is built under
-a temporary name in the same parent and renamed when it is complete.
+`write_atomically` writes a file, `whole_folder` a folder: under a temporary name in the same
+parent, renamed when complete.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 _LOCK = "in-use.lock"
-"""In a folder that is being filled; locked by the process that fills it."""
+"""Exists while a folder is being filled; locked by the process that fills it."""
 _PIECE_BYTES = 1 << 20
 
 
@@ -26,13 +26,12 @@ def whole_folder(path: Path, prefix: str = ".building-") -> Iterator[Path]:
     """Yields a new folder to fill; renames it to `path` when the block ends without an error.
 
     The folder is synced before the rename: after a loss of power, `path` has all of its files or
-    does not exist. If the block raises, the folder is deleted. While it is being filled, a locked
-    file in it tells `delete_leftovers` that it is not what a killed process left.
+    does not exist. If the block raises, the folder is deleted. A locked file in it tells
+    `delete_leftovers` that it is in use.
 
     Args:
         path: The final name; missing parents are created.
-        prefix: First part of the temporary name. Choose another one where no leftovers may be
-            deleted.
+        prefix: Start of the temporary name; use another one where no leftovers may be deleted.
 
     Raises:
         OSError: The disk refuses, or `path` is a file or a folder that is not empty.
@@ -54,7 +53,7 @@ def whole_folder(path: Path, prefix: str = ".building-") -> Iterator[Path]:
 
 
 def delete_leftovers(parent: Path, prefix: str = ".building-") -> None:
-    """Deletes the temporary folders of `whole_folder` that killed processes have left."""
+    """Deletes the temporary folders of `whole_folder` that killed processes left."""
     for building in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):  # locked, renamed or deleted meanwhile
             with (building / _LOCK).open("r+") as stream:
@@ -69,8 +68,8 @@ def delete_leftovers(parent: Path, prefix: str = ".building-") -> None:
 def file_lock(file: Path) -> Iterator[None]:
     """Holds an exclusive lock on a file, created if missing; waits for the process that has it.
 
-    The system frees the lock when its process ends. The file is open for writing: NFS locks such a
-    file on all machines, but a folder only on one.
+    The system frees the lock when the process ends. The file is opened for writing because NFS
+    locks such a file on all machines, but a folder on only one.
     """
     with file.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -78,21 +77,21 @@ def file_lock(file: Path) -> Iterator[None]:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Replaces a file's content: a reader, or a crash, sees the old or the new, never a part."""
+    """Replaces a file's content; readers see the old or the new, even after the process dies."""
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes JSON that a person can read."""
+    """Writes indented JSON atomically."""
     write_atomically(file, json.dumps(content, indent=2) + "\n")
 
 
 def hash_files(files: list[Path]) -> str:
-    """Hashes the names (below their common folder) and the bytes of some files.
+    """Hashes the names (relative to the common folder) and the bytes of files.
 
-    Links, pipes and files without read permission count by their name alone.
+    Of links, pipes and files without read permission, only the name is hashed.
     """
     root = os.path.commonpath([file.parent for file in files])
     digest = hashlib.sha256()

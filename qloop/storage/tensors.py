@@ -1,8 +1,8 @@
-"""Writes tensors as safetensors, one at a time, and reads what a file holds.
+"""Writes and reads safetensors files, one tensor at a time.
 
-The library writes a whole file in one call, which leaves no place to hash the bytes on their way to
-the disk. The format is small: the length of a JSON header, the header with type, shape and offsets
-of each tensor, then their bytes. (https://github.com/huggingface/safetensors)
+The library writes a whole file in one call, so its bytes cannot be hashed on their way to the disk.
+The format is the length of a JSON header, the header with type, shape and offsets of each tensor,
+then their bytes (https://github.com/huggingface/safetensors).
 """
 
 import json
@@ -24,7 +24,7 @@ _TYPES = {
 _BYTES = {name: dtype.itemsize for dtype, name in _TYPES.items()}
 
 INDEX = ".safetensors.index.json"
-"""Ending of the file that lists which tensor is in which file, as transformers names it."""
+"""Ending of the name of the index file, which maps tensors to files, as in transformers."""
 
 
 class TensorSpec(NamedTuple):
@@ -44,7 +44,7 @@ class LazyTensor(NamedTuple):
 
     spec: TensorSpec
     gather: Callable[[], torch.Tensor]
-    """Returns the whole tensor; of a sharded one, all ranks call it, in the same order."""
+    """Returns the whole tensor; if it is sharded, all ranks must call it, in the same order."""
 
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
@@ -68,7 +68,7 @@ def encode_tensors(
 ) -> Iterator[memoryview]:
     """Yields the bytes of a safetensors file; copies one tensor at a time to the CPU.
 
-    The specs are aligned, see `align`; the tensors are in the same order.
+    The specs are in the order of `align`, the tensors in the same.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     end = 0
@@ -105,7 +105,7 @@ def name_parts(stem: str, count: int) -> list[str]:
 
 
 def index_of(parts: Mapping[str, Mapping[str, TensorSpec]]) -> bytes:
-    """Returns the content of the index file: which tensor is in which file."""
+    """Returns the content of the index file, which maps tensors to files."""
     size = sum(spec.nbytes for specs in parts.values() for spec in specs.values())
     where = {name: file for file, specs in parts.items() for name in specs}
     content = {"metadata": {"total_size": size}, "weight_map": where}
@@ -115,9 +115,9 @@ def index_of(parts: Mapping[str, Mapping[str, TensorSpec]]) -> bytes:
 def gather_mine(
     tensors: Mapping[str, LazyTensor], mine: Mapping[str, TensorSpec]
 ) -> Iterator[torch.Tensor]:
-    """Yields this rank's tensors; takes part in gathering all others, too.
+    """Yields the tensors in `mine`; takes part in gathering all others, too.
 
-    All ranks have the tensors in the same order; `mine` keeps it.
+    The order of `tensors` is the same on every rank, and `mine` follows it.
     """
     for name, tensor in tensors.items():
         whole = tensor.gather()
@@ -129,7 +129,7 @@ class SavedTensors:
     """The tensors of `stem.safetensors`, or of `stem-00001-of-00004.safetensors` and so on."""
 
     def __init__(self, folder: Path, stem: str) -> None:
-        """Reads names, types and shapes; no values.
+        """Reads names, types and shapes, but no values.
 
         Raises:
             CheckpointError: There is no such file, or it is not a safetensors file.
@@ -145,7 +145,7 @@ class SavedTensors:
             self._files.update(dict.fromkeys(specs, file))
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
-        """Reads a tensor to the CPU, or some of its rows."""
+        """Reads a tensor, or some of its rows, to the CPU."""
         with safe_open(self._files[name], "pt") as opened:
             if rows == slice(None):
                 return opened.get_tensor(name)  # type: ignore[no-any-return]
@@ -155,7 +155,7 @@ class SavedTensors:
         """Compares names, types and shapes with those of the live model.
 
         Raises:
-            CheckpointError: They differ; names the first of each sort of difference.
+            CheckpointError: They differ; the message names the first tensor of each difference.
         """
         found = self.specs
         problems = []
@@ -194,25 +194,25 @@ def _show(spec: TensorSpec) -> str:
 
 
 class HostCopies:
-    """Copies of tensors in host memory, which is allocated once and reused by every save."""
+    """Copies of tensors in host memory that is allocated once and reused by every save."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated so far."""
+        """Size of the allocated memory."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def take(
         self, file: str, specs: Mapping[str, TensorSpec], tensors: Iterable[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Copies a file's tensors; complete on return, overwritten by the next call."""
+        """Copies a file's tensors; complete on return, overwritten by the next call for it."""
         copies = []
         for name, tensor in zip(specs, tensors, strict=True):
             buffer = self._buffers.get((file, name))
             if buffer is None or spec_of(buffer) != spec_of(tensor):
-                # Pinned memory makes the copies from a GPU asynchronous.
+                # Pinned memory makes copies from a GPU asynchronous.
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self._buffers[file, name] = buffer
             copies.append(buffer.copy_(tensor.detach(), non_blocking=True))
