@@ -1,1 +1,1 @@
-"""Several processes: the launcher's engine, what ranks do together, signals and peers."""
+"""Several processes: engines, calls that all ranks make together, signals, dead peers."""

@@ -1,4 +1,4 @@
-"""The accelerator that the launcher asks for, and the engine that it makes of a model."""
+"""Builds the accelerator that the launcher asks for, and the engine of a model."""
 
 import os
 from datetime import timedelta
@@ -28,8 +28,7 @@ def build_accelerator(
     """Builds the accelerator for this machine; without a GPU there may still be several ranks.
 
     Raises:
-        ConfigError: The launcher asks for an engine that qloop does not support, or not with these
-            keys.
+        ConfigError: qloop does not support the launcher's engine, at all or with this config.
     """
     cpu = not torch.accelerator.is_available()
     device = torch.device("cpu" if cpu else torch.accelerator.current_accelerator() or "cpu")
@@ -42,7 +41,7 @@ def build_accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=batch.gradient_accumulation_steps,
             sync_with_dataloader=False,
-            # Reduced after every micro-batch: otherwise each rank would hold the whole gradient.
+            # Reduces after every micro-batch; otherwise each rank would hold the whole gradient.
             sync_each_batch=_asks_for("FSDP"),
         ),
         # The other ranks wait while the main one tokenises; peers.py notices a dead one.
@@ -84,7 +83,8 @@ def build_engine(
 ) -> Engine:
     """Builds the optimizer, and wraps or shards the model as the launcher asks.
 
-    `accumulation` is the number of micro-batches in a step of a rank.
+    The model may be on the CPU. `accumulation` is the number of micro-batches per rank and step,
+    see `steps.divide_step`.
     """
     accelerator.gradient_accumulation_steps = accumulation
     kind = accelerator.distributed_type
@@ -94,7 +94,7 @@ def build_engine(
         plugin = accelerator.state.deepspeed_plugin.deepspeed_config
         plugin["gradient_accumulation_steps"] = accumulation
         return ZeroEngine(accelerator, *_prepare(accelerator, model, optimizer))
-    if kind != DistributedType.FSDP:  # which moves a model to the device shard by shard
+    if kind != DistributedType.FSDP:  # FSDP moves the model shard by shard
         model = model.to(accelerator.device)
     return Engine(accelerator, *_prepare(accelerator, model, optimizer))
 
@@ -139,7 +139,6 @@ def _asks_for(engine: str) -> bool:
 
 
 def _refuse_optimizer(optimizer: str, kind: DistributedType, device: torch.device) -> None:
-    """Raises a ConfigError for an optimizer that this engine or device cannot run."""
     if kind == DistributedType.DEEPSPEED and optimizer != "adamw":
         raise ConfigError(
             f"optimizer: {optimizer} does not run under DeepSpeed, whose partitions only adamw "
@@ -164,7 +163,7 @@ def _refuse_optimizer(optimizer: str, kind: DistributedType, device: torch.devic
 
 
 def _refuse_thin_matrices(model: torch.nn.Module, optimizer: str, num_ranks: int) -> None:
-    """Raises a ConfigError for a matrix with fewer rows than ranks: Muon needs one on each."""
+    """Refuses a matrix with fewer rows than ranks: Muon needs a row on each rank."""
     for name, parameter in split_by_optimizer(model, optimizer).get("muon", {}).items():
         if len(parameter) < num_ranks:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The engine for one process, DDP and FSDP2: torch computes the step.
+"""The engine for a single process, DDP and FSDP2.
 
 Under FSDP2 every parameter, gradient and moment is a DTensor, and each rank holds some of its rows.
 The gradient norm is taken over all ranks. Saved tensors are gathered one at a time, and restored
@@ -25,7 +25,7 @@ from qloop.storage.tensors import LazyTensor, SavedTensors, TensorSpec, spec_of
 
 
 class Engine:
-    """Backward pass, clipping and update of a prepared model; knows where its tensors are."""
+    """Backward pass, clipping, update and saved tensors of a prepared model."""
 
     def __init__(
         self, accelerator: Accelerator, model: torch.nn.Module, optimizer: Optimizers
@@ -46,7 +46,7 @@ class Engine:
         """Adds the gradient of `loss_sum / divisor` to that of the step.
 
         Accelerate divides every loss by the number of accumulated micro-batches, and gradients are
-        averaged over the ranks. Both are undone, so that the step's gradient is that of the sum
+        averaged over the ranks. This undoes both, so that the step's gradient is that of the sum
         over all micro-batches and ranks, divided once.
 
         `loss_sum` is that of a micro-batch; `divisor` counts the targets of the step on all ranks.
@@ -86,9 +86,7 @@ class Engine:
         }
 
     def restore(self, weights: SavedTensors, moments: SavedTensors | None) -> None:
-        """Loads saved moments; the weights were loaded when the model was built.
-
-        Without moments, the optimizer stays as it starts.
+        """Loads saved moments, if given; the weights were loaded when the model was built.
 
         Raises:
             CheckpointError: Names, types or shapes are not those of this model; nothing was loaded.
@@ -101,7 +99,7 @@ class Engine:
             self.optimizer.put_state(parameter, saved)
 
     def moment_specs(self) -> dict[str, TensorSpec]:
-        """Returns type and unsharded shape of each of the optimizer's tensors."""
+        """Returns the type and unsharded shape of each of the optimizer's tensors."""
         return {
             f"{name}/{moment}": spec_of(blank)
             for name in self.trained
@@ -122,7 +120,7 @@ def _gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _read(saved: SavedTensors, key: str, parameter: torch.Tensor) -> torch.Tensor:
-    """Reads a moment to its parameter's device; of a sharded one, only this rank's rows."""
+    """Reads a moment to its parameter's device; only this rank's rows if it is sharded."""
     if not isinstance(parameter, DTensor) or not saved.specs[key].shape:
         return saved.read(key).to(parameter.device)
     mesh, placements = parameter.device_mesh, parameter.placements

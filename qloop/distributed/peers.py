@@ -1,16 +1,16 @@
-"""Ends a process whose peers have died, which it would otherwise wait for.
+"""Ends a process whose peers have died, so that it does not wait for them.
 
 When a rank dies (killed, out of memory, its machine lost), the others wait inside a collective:
-with NCCL until a time-out of ten minutes, and meanwhile no signal from the launcher reaches Python.
-So a thread of every rank watches the others: processes of its own machine by the system's
-notification of their end, those of other machines through the store of torch.distributed, where
-every machine writes a sign of life.
+with NCCL until a time-out of ten minutes, during which no signal from the launcher reaches Python.
+So a thread of every rank watches the others. The system reports the end of a process on the same
+machine; deaths on other machines, and a sign of life of each machine, are written to the store of
+torch.distributed.
 
     same machine    noticed at once
-    other machine   reported by a rank on the machine of the dead one, within _POLL_SECONDS
-    whole machine   missed by the main rank after _SILENCE_SECONDS; the main one's, by all ranks
+    other machine   reported by a rank on the dead rank's machine, within _POLL_SECONDS
+    whole machine   missed by the main rank after _SILENCE_SECONDS; the main rank's, by all ranks
 
-Silence counts only from the first step on: earlier work may block Python for long.
+Silence counts only from the first step on: earlier work may block Python for a long time.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class PeerWatch:
     """Watches the other processes of a run, until `stop`."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        """Exchanges process ids; every rank must call."""
+        """Exchanges process ids; all ranks call it together."""
         self._dead = ""
         self._found = threading.Event()
         self._stopped = threading.Event()
@@ -74,17 +74,17 @@ class PeerWatch:
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
     def expect_signs_of_life(self) -> None:
-        """From now on, a machine without a sign of life counts as lost."""
+        """Makes a machine without a sign of life count as lost from now on."""
         self._steps_began.set()
 
     def stop(self) -> None:
-        """Ends the watch: from now on the others may end."""
+        """Ends the watch; from now on the other processes may end."""
         self._stopped.set()
 
     def explain(self, error: BaseException) -> BaseException:
-        """Returns a PeerError for the error of a collective whose peer has died, else the error.
+        """Returns a PeerError if a peer's death made a collective fail, else the error itself.
 
-        An error that ends all ranks alike stays as it is, though some may have ended before.
+        An error that ends all ranks alike is kept, even if some of them have ended already.
         """
         if not isinstance(error, RuntimeError) or self._is_alone or self._stopped.is_set():
             return error
@@ -121,7 +121,7 @@ class PeerWatch:
         return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 
     def _exchange(self, store: TCPStore, heard: dict[str, tuple[bytes, float]]) -> str:
-        """Writes a sign of life or a death to the store, and returns a death that it holds."""
+        """Writes a sign of life, or a death, to the store; returns a death that it holds."""
         run = os.environ.get("TORCHELASTIC_RUN_ID", "")
         if self._dead:
             store.set(f"qloop/{run}/dead", self._dead)
@@ -152,6 +152,6 @@ class PeerWatch:
 
 
 def name_machine() -> str:
-    """Returns a name that is equal for processes which see each other's process ids."""
+    """Returns a name that is equal for processes that see each other's process ids."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{socket.gethostname()}-{boot[:8]}-{Path('/proc/self/ns/pid').readlink().name}"

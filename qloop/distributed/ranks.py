@@ -1,4 +1,4 @@
-"""Calls that the processes of a run make together, so that all of them go on or end alike."""
+"""Calls that all ranks make together: if one fails, all end, and none waits for another."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,10 +12,7 @@ T = TypeVar("T")
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Calls a function on the main rank; every rank returns its result or raises its error.
-
-    If a folder cannot be used, for example, all ranks end, and none waits for the others.
-    """
+    """Calls a function on the main rank; every rank returns its result or raises its error."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -30,10 +27,7 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
 
 
 def on_all(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Calls a function on every rank and returns its own result; if one fails, all raise its error.
-
-    If one rank alone cannot read a file, for example, all ranks end.
-    """
+    """Calls a function on every rank; returns its own result, or all raise the error of one."""
     result, refusal = None, None
     try:
         result = function()

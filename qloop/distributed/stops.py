@@ -1,4 +1,4 @@
-"""Signals that stop or save a run: a handler records them, the loop asks after each step."""
+"""Signals that stop or save a run: a handler records them, the loop checks after each step."""
 
 import signal
 from types import FrameType, TracebackType
@@ -11,11 +11,10 @@ from qloop.errors import StoppedError
 
 
 class Request(NamedTuple):
-    """The request of a signal."""
+    """A signal's request: to save a checkpoint and, if `stops`, to end the run after it."""
 
     signal_name: str
     stops: bool
-    """Whether to stop after saving."""
 
 
 class _LeaveNow(KeyboardInterrupt):
@@ -27,14 +26,14 @@ class _LeaveNow(KeyboardInterrupt):
 class StopRequest:
     """Records SIGINT, SIGTERM and SIGUSR1 inside a `with` block.
 
-    SIGUSR1 asks for a checkpoint; the others for a checkpoint and the end. Before the first step
-    there is nothing to save, so those end the run at once, with a StoppedError. A second SIGINT
-    ends it at any time, with a KeyboardInterrupt.
+    SIGUSR1 requests a checkpoint; the others request a checkpoint and the end of the run. Before
+    the first step there is nothing to save, so the others end it at once with a StoppedError. A
+    second SIGINT ends it at any time with a KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
         self.is_running = False
-        """Whether the first step has begun. It stays true after the last: the rest is short."""
+        """Whether the first step has begun. Stays true after the last step: the rest is short."""
         self._stop = 0
         self._save = False
         self._handlers: dict[int, Any] = {}

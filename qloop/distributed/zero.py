@@ -1,9 +1,9 @@
 """The engine for DeepSpeed's ZeRO, stages 1 to 3.
 
-Accelerate has DeepSpeed update the weights inside `backward`, where a bad step can no longer be
-refused. So DeepSpeed's engine is called here directly: backward, then the norm, and the update only
-after the loop has found loss and norm finite. DeepSpeed clips inside its update, by the limit in
-its own config.
+Through accelerate, DeepSpeed updates the weights inside `backward`, where a bad step can no longer
+be refused. So this module calls DeepSpeed's engine directly: backward, then the norm, and the
+update only if the loop finds loss and norm finite. The update clips, by the limit in DeepSpeed's
+config.
 """
 
 import functools
@@ -45,7 +45,7 @@ class ZeroEngine(Engine):
             from deepspeed.runtime.utils import combine_grad_norm_groups
 
             norm = combine_grad_norm_groups(self._zero._get_norm_groups())
-        # A group whose norm is not finite is -1 there.
+        # DeepSpeed reports -1 for a group whose norm is not finite.
         return torch.where(norm >= 0, norm, torch.inf).to(self.accelerator.device)
 
     def clip_gradients(self, max_grad_norm: float, grad_norm: torch.Tensor) -> None:
@@ -76,7 +76,13 @@ class ZeroEngine(Engine):
         return tensors
 
     def restore(self, weights: SavedTensors, moments: SavedTensors | None) -> None:
-        # Weights too: DeepSpeed makes its fp32 weights from the model's, which are bf16 by then.
+        """Loads saved weights, and moments if given.
+
+        The model's own weights do not suffice: they are bf16 when DeepSpeed copies them to fp32.
+
+        Raises:
+            CheckpointError: Names, types or shapes are not those of this model; nothing was loaded.
+        """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if moments is not None:
@@ -101,7 +107,7 @@ class ZeroEngine(Engine):
         return moments_of("adamw", _whole_shape(self.trained[name]))
 
     def _find_sources(self) -> tuple[str, dict[str, torch.Tensor]]:
-        """Finds the parameter or buffer of each tensor to save."""
+        """Returns the stem and, by name, the parameter or buffer of each tensor to save."""
         # A sharded parameter has no whole tensor to rename, so an empty one stands in for it.
         parameters = dict(self.unwrapped.named_parameters(remove_duplicate=False))
         by_parameter = {
@@ -130,8 +136,8 @@ class ZeroEngine(Engine):
     def _make_room_for_moments(self) -> None:
         """Creates AdamW's state for every partition, as its first step would.
 
-        DeepSpeed alone would find only the moments of the first parameter group: it looks for all
-        of them once that group has made its first step.
+        By itself, DeepSpeed would find only the moments of the first parameter group: it looks for
+        all of them after that group's first step.
         """
         for flat in self._list_partitions():
             self._zero.optimizer.state[flat] = {
