@@ -242,7 +242,7 @@ def test_a_checkpoint_with_an_adapter_missing_or_of_another_shape_is_refused(
 
 def test_a_checkpoint_with_an_adapter_that_the_model_has_not_is_refused(bases, tmp_path):
     save_adapters(build(bases(), "lora"), tmp_path)
-    with pytest.raises(CheckpointError, match="holds 24 that the model has not"):
+    with pytest.raises(CheckpointError, match="holds 24 that the model lacks"):
         build(bases(), "lora", checkpoint=tmp_path, lora_target_modules=("q_proj",))
 
 
