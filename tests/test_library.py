@@ -80,6 +80,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
         qloop.opn_run  # noqa: B018
 
 
+@pytest.mark.commands
 def test_it_works_in_a_notebook(tmp_path, corpus_dir, tokenizer_dir):
     """The kernel runs in another folder than the config: relative paths start at the file."""
     workspace = Workspace(tmp_path / "work", corpus_dir, tokenizer_dir)

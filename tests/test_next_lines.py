@@ -11,6 +11,7 @@ from workspace import Workspace, reset_accelerate
 
 from qloop.train import train
 
+pytestmark = pytest.mark.commands
 TITLES = ("train on", "adapt it", "load it")
 
 

@@ -25,6 +25,7 @@ from qloop.cli import cli
 from qloop.config.keys import KEYS
 from qloop.config.loading import load_config
 
+pytestmark = pytest.mark.commands
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CI = (ROOT / ".ci/run").read_text()
