@@ -185,7 +185,7 @@ def main() -> None:
             print(row, flush=True)
     results = {
         "setup": f"29 million parameters, medians of {steps // SAVE_STEPS} saves",
-        "machine": f"{torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": f"torch threads: {torch.get_num_threads()}; torch {torch.__version__}",
         "rows": rows,
     }
     save_results("saving", results)
