@@ -72,7 +72,8 @@ def make_step(run: Run) -> StepRecord:
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     started = time.perf_counter()
 
-    # 1. Fetch the whole step first, to divide its loss by its true number of targets.
+    # 1. Fetch the whole step first, to divide its loss by its true number of targets. Block ids and
+    # targets are those of all ranks, micro-batches those of this one.
     block_ids, micro_batches, target_tokens = run.batches.read(progress.blocks_seen)
     divisor = max(1, target_tokens)  # blocks in the middle of a long prompt have no target
     fetched = time.perf_counter()
@@ -90,8 +91,8 @@ def make_step(run: Run) -> StepRecord:
     loss, norm = torch.stack([mean_loss, grad_norm]).tolist()  # the only wait for a GPU
     computed = time.perf_counter()
 
-    # 3. Refuse, clip, update: a bad step never reaches the weights. Clipping comes after the check,
-    # since it spreads one NaN over every gradient.
+    # 3. Refuse, clip, update: a bad step never reaches the weights. All ranks see the same numbers.
+    # Clipping comes after the check, since it spreads one NaN over every gradient.
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise DivergenceError(progress.step + 1, loss, norm, block_ids.tolist())
     engine.clip_gradients(run.config.optimizer.max_grad_norm, grad_norm)
@@ -100,7 +101,7 @@ def make_step(run: Run) -> StepRecord:
         progress.step, schedule.learning_rate, schedule.min_learning_rate,
         schedule.warmup_steps, run.last_step,
     )  # fmt: skip
-    engine.step(learning_rate)
+    engine.step(learning_rate)  # also clears the gradients
     updated = time.perf_counter()
 
     # 4. Account for it.
@@ -118,7 +119,7 @@ def run_steps(run: Run, stop: StopRequest) -> None:
     if progress.step == 0:
         measure_held_out(run)
     run.model.train()
-    stop.is_running = True
+    stop.is_running = True  # from here on, a signal waits for the end of its step
     run.peers.expect_signs_of_life()
     while progress.step < last_step:
         record = make_step(run)
@@ -127,7 +128,7 @@ def run_steps(run: Run, stop: StopRequest) -> None:
         if progress.is_due(config.evaluate.eval_steps, last_step):
             held_out_loss = measure_held_out(run)
         run.checkpoints.poll()  # commits a background save whose files are written
-        request = stop.agreed(run.accelerator)
+        request = stop.agreed(run.accelerator)  # the same on every rank
         ends = progress.step == last_step or (request is not None and request.stops)
         if request or progress.is_due(config.checkpoint.save_steps, last_step):
             report.flush()
