@@ -183,8 +183,9 @@ def main() -> None:
             }
             rows.append(row)
             print(row, flush=True)
+    saves = steps // SAVE_STEPS
     results = {
-        "setup": f"29 million parameters, 350 MB a checkpoint, medians of {steps // SAVE_STEPS} saves",
+        "setup": f"29 million parameters, 350 MB a checkpoint, medians of {saves} saves",
         "machine": f"torch threads: {torch.get_num_threads()}; torch {torch.__version__}",
         "rows": rows,
     }
