@@ -72,8 +72,7 @@ def make_step(run: Run) -> StepRecord:
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     started = time.perf_counter()
 
-    # 1. Fetch the whole step first, to divide its loss by its true number of targets. Block ids and
-    # targets are those of all ranks, micro-batches those of this one.
+    # 1. Fetch: the blocks and targets of all ranks, and this rank's micro-batches.
     block_ids, micro_batches, target_tokens = run.batches.read(progress.blocks_seen)
     divisor = max(1, target_tokens)  # blocks in the middle of a long prompt have no target
     fetched = time.perf_counter()
