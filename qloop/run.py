@@ -202,6 +202,7 @@ def open_run(config: Config | Path | str, **keys: Any) -> Iterator[Run]:
     run.model.train()
     try:
         yield run
+        run.checkpoints.poll(wait=True)  # on all ranks; after an error, close does what it can
     finally:
         run.checkpoints.close()
         run.close()
